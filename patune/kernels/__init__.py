@@ -1,0 +1,1 @@
+"""Kernel templates, their launchers and the operators; the public names are in `patune`."""

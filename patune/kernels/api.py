@@ -1,0 +1,275 @@
+"""The public kernels: check the arguments, allocate the output, call the operator."""
+
+import math
+from typing import Any
+
+import torch
+
+from . import checks
+from .append import TEMPLATE as APPEND
+from .checks import require
+from .decode import TEMPLATE as DECODE
+from .ops import _library  # noqa: F401  registers torch.ops.patune
+from .prefill import TEMPLATE as PREFILL
+from .template import Template, Values
+
+Scale = float | torch.Tensor | None
+Cache = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def paged_decode(
+    q: torch.Tensor,
+    kv_cache: Cache,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    sm_scale: float | None = None,
+    *,
+    kv_layout: str = "HND",
+    q_len_per_seq: int = 1,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    max_kv_len: int | None = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    config: Values | None = None,
+) -> Any:
+    """Attention of q_len_per_seq new tokens a sequence over its paged KV cache, which already holds their K and V.
+
+    q: [batch * q_len_per_seq, q_heads, head_dim], bf16, fp16 or fp32, any strides; head_dim at most 256.
+    kv_cache: one tensor [pages, 2, kv_heads, page_size, head_dim] (HND) or [pages, 2, page_size, kv_heads, head_dim] (NHD), or a
+        (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of kv_heads, page_size 1 to 256.
+    kv_indices: [pages in use] int32, page ids. kv_indptr: [batch+1] int32, in pages. kv_last_page_len: [batch] int32.
+    sm_scale: 1/sqrt(head_dim) if None. Query i of a sequence sees keys up to kv_len - q_len_per_seq + i.
+    sliding_window: keep the last W keys, the query's own included. logits_soft_cap: c * tanh(logits / c).
+    sinks: [q_heads], a logit a head that takes part in the softmax's denominator only.
+    k_scale, v_scale: what the cache's values are multiplied with; a float, or one fp32 element on the device.
+    max_kv_len: the longest sequence as far as the host knows; helps the choice of a config, never the result.
+    config: tunables to use instead of the table's. out: where to write, like q.
+
+    Returns out like q, and with return_lse a tuple of it and the fp32 [tokens, q_heads] natural log of the sum of exp of the scaled logits. A
+    sequence of length 0 gives zeros and lse -inf. No host sync; runs under CUDA-graph capture, where one graph is right for
+    any lengths that fit its tensors. Raises ValueError or NotImplementedError that names the argument.
+    """
+    checks.check_device(q)
+    checks.check_rows(q, "q")
+    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
+    checks.check_heads(q, cache)
+    require(q_len_per_seq >= 1, "q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
+    batch_size = kv_indptr.shape[0] - 1
+    checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
+    checks.check_indices(q.device, batch_size, kv_last_page_len=kv_last_page_len)
+    require(
+        q.shape[0] == batch_size * q_len_per_seq,
+        "q",
+        f"expected {batch_size * q_len_per_seq} tokens for {batch_size} sequences of {q_len_per_seq}, got {q.shape[0]}",
+    )
+    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
+    checks.check_out(out, q)
+    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
+    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len)
+    out = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+    scale = (1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale) * k_factor
+    torch.ops.patune.paged_decode(
+        q, first, second, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, q_len_per_seq, max_kv_len,
+        sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(DECODE, config),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    kv_cache: Cache,
+    qo_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    sm_scale: float | None = None,
+    *,
+    max_q_len: int,
+    causal: bool = True,
+    kv_layout: str = "HND",
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    config: Values | None = None,
+) -> Any:
+    """Attention of a ragged batch of new tokens over a paged KV cache, which already holds their K and V.
+
+    q: [tokens, q_heads, head_dim]; sequence b owns rows qo_indptr[b] to qo_indptr[b+1] (int32, [batch+1]), the last q_len of its
+        kv_len keys. max_q_len: the most new tokens of a sequence, a host int; a larger value costs only idle programs.
+    causal: query i sees keys up to kv_len - q_len + i; False lets it see all (then no sliding_window).
+    The other arguments, the result and the errors are those of `paged_decode`. Rows of q past qo_indptr[-1] are not written.
+    """
+    checks.check_device(q)
+    checks.check_rows(q, "q")
+    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
+    checks.check_heads(q, cache)
+    require(max_q_len >= 0, "max_q_len", f"expected at least 0, got {max_q_len}")
+    if sliding_window is not None and not causal:
+        raise NotImplementedError("sliding_window: needs causal=True; a window around non-causal rows is not supported")
+    checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
+    checks.check_indices(q.device, kv_indptr.shape[0] - 1, kv_last_page_len=kv_last_page_len, qo_indptr=qo_indptr)
+    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
+    checks.check_out(out, q)
+    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
+    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
+    out = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+    scale = (1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale) * k_factor
+    torch.ops.patune.paged_prefill(
+        q, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, max_q_len, causal,
+        sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(PREFILL, config),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def append_paged_kv_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: Cache,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    *,
+    kv_layout: str = "HND",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    config: Values | None = None,
+) -> None:
+    """Write new K and V [tokens, kv_heads, head_dim] into their pages, divided by k_scale and v_scale.
+
+    Token t goes to position positions[t] of sequence batch_indices[t] (both [tokens] int32, see
+    `get_batch_indices_positions`); a negative batch index is padding and is skipped. The page table must already hold the
+    pages of the new tokens. fp8 caches saturate. The other arguments and the errors are those of `paged_decode`.
+    """
+    checks.check_device(k, "k")
+    checks.check_rows(k, "k")
+    first, second, cache = checks.check_cache(k, kv_cache, kv_layout, "k")
+    checks.check_rows(k, "k", cache.kv_heads)
+    checks.check_rows(v, "v", cache.kv_heads, cache.head_dim)
+    require(v.shape == k.shape and v.dtype == k.dtype and v.device == k.device, "v", f"expected {k.dtype} {tuple(k.shape)} like k")
+    checks.check_indices(k.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
+    checks.check_indices(k.device, kv_indptr.shape[0] - 1, kv_last_page_len=kv_last_page_len)
+    checks.check_indices(k.device, k.shape[0], batch_indices=batch_indices, positions=positions)
+    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", k.device)
+    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", k.device)
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len)
+    torch.ops.patune.append_paged_kv_cache(
+        k, v, batch_indices, positions, first, second, kv_indices, kv_indptr, kv_layout, k_tensor, v_tensor, k_factor, v_factor,
+        _values(APPEND, config),
+    )  # fmt: skip
+
+
+def paged_attention_with_cache(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: Cache,
+    qo_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    sm_scale: float | None = None,
+    *,
+    num_prefill: int,
+    num_decode: int,
+    max_q_len: int,
+    num_prefill_tokens: int | None = None,
+    max_kv_len: int | None = None,
+    batch_indices: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    kv_layout: str = "HND",
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+) -> torch.Tensor:
+    """One step of a mixed batch: append k and v, then causal attention of the prefill rows, then of the decode rows.
+
+    The first num_prefill sequences own the first num_prefill_tokens rows of q, k and v (default: all but num_decode), as
+    qo_indptr [num_prefill+num_decode+1] says; the next num_decode sequences own one row each; rows after them are padding:
+    they write no KV and come back as zeros. max_q_len: the most new tokens of a prefill sequence. The page table and
+    kv_last_page_len already count the new tokens. batch_indices and positions, from `get_batch_indices_positions`, save their
+    computation where one step serves many layers. Everything else is as in `paged_decode` and `paged_prefill`.
+
+    Returns [tokens, q_heads, head_dim] like q. Mutates the cache and nothing else; no host sync.
+    """
+    checks.check_device(q)
+    checks.check_rows(q, "q")
+    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
+    checks.check_heads(q, cache)
+    for name, x in (("k", k), ("v", v)):
+        checks.check_rows(x, name, cache.kv_heads, cache.head_dim)
+        good = x.shape[0] == q.shape[0] and x.dtype == q.dtype and x.device == q.device
+        require(good, name, f"expected {q.shape[0]} tokens of {q.dtype} on {q.device} like q, got {tuple(x.shape)} {x.dtype}")
+    require(num_prefill >= 0, "num_prefill", f"expected at least 0, got {num_prefill}")
+    require(num_decode >= 0, "num_decode", f"expected at least 0, got {num_decode}")
+    if num_prefill_tokens is None:
+        num_prefill_tokens = q.shape[0] - num_decode if num_prefill else 0
+    require(
+        0 <= num_prefill_tokens <= q.shape[0] - num_decode,
+        "num_prefill_tokens",
+        f"{num_prefill_tokens} prefill rows and {num_decode} decode rows do not fit q's {q.shape[0]} tokens",
+    )
+    checks.check_indices(q.device, kv_indices=kv_indices)
+    checks.check_indices(
+        q.device, num_prefill + num_decode, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len
+    )
+    require((batch_indices is None) == (positions is None), "positions", "give both batch_indices and positions, or neither")
+    checks.check_indices(q.device, q.shape[0], batch_indices=batch_indices, positions=positions)
+    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
+    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
+    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
+    scale = 1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale
+    return torch.ops.patune.paged_attention_with_cache(
+        q, k, v, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, scale, kv_layout,
+        num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, sliding_window, logits_soft_cap, sinks,
+        k_tensor, v_tensor, k_factor, v_factor,
+    )  # fmt: skip
+
+
+def merge_states(
+    o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two disjoint sets of keys from the attention over each.
+
+    o_a, o_b [tokens, heads, head_dim]; lse_a, lse_b [tokens, heads] fp32, natural log. Returns (o like o_a, lse). A side with lse
+    -inf saw no key and counts for nothing; both -inf give zeros and -inf. (o_a e^lse_a + o_b e^lse_b) / (e^lse_a + e^lse_b),
+    Milakov and Gimelshein 2018, arXiv:1805.02867.
+    """
+    require(o_a.shape == o_b.shape, "o_b", f"expected {tuple(o_a.shape)} like o_a, got {tuple(o_b.shape)}")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        require(lse.shape == o_a.shape[:2], name, f"expected {tuple(o_a.shape[:2])}, got {tuple(lse.shape)}")
+    lse = torch.logaddexp(lse_a.float(), lse_b.float())
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    weight_a, weight_b = torch.exp(lse_a - shift)[..., None], torch.exp(lse_b - shift)[..., None]
+    a = torch.where(weight_a > 0, o_a.float() * weight_a, 0.0)  # where: an o of NaN with weight 0 counts for nothing
+    b = torch.where(weight_b > 0, o_b.float() * weight_b, 0.0)
+    return (a + b).to(o_a.dtype), lse
+
+
+def _values(template: Template, config: Values | None) -> list[int] | None:
+    """A caller's config as the operator takes it: the tunables' values in the template's order."""
+    if config is None:
+        return None
+    unknown, missing = set(config) - set(template.tunables), set(template.tunables) - set(config)
+    require(
+        not unknown, "config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}"
+    )
+    require(not missing, "config", f"lacks {', '.join(sorted(missing))}")
+    return [int(config[name]) for name in template.tunables]

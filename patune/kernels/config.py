@@ -1,0 +1,122 @@
+"""get_best_config: the table's answer, or the default's, as a frozen mapping that says where it came from.
+
+Neither triton nor a GPU is needed; torch is imported only to ask which GPU is there.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..cachedb import lookup
+from ..errors import UsageError
+from .defaults import adapt, default_config
+
+KERNELS = ("decode", "prefill", "append")
+
+
+class Config(Mapping[str, int]):
+    """One point of a search space, frozen; `.source` says how it was found and `.provenance` who measured it.
+
+    source: "measured" (this workload, on this GPU), "nearest" (a neighbouring workload), "transferred" (another GPU of
+    this architecture), "default" (a rule; provenance is empty), or "given" (the caller's own).
+    """
+
+    __slots__ = ("_values", "provenance", "source")
+    _values: dict[str, int]
+    source: str
+    provenance: dict[str, Any]
+
+    def __init__(self, values: Mapping[str, int], source: str = "given", provenance: Mapping[str, Any] | None = None):
+        object.__setattr__(self, "_values", dict(values))
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "provenance", dict(provenance or {}))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Config is frozen; dict(config) gives a copy to change ({name})")
+
+    def __getitem__(self, name: str) -> int:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._values.items())))
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self._values.items())
+        return f"Config({values}; source={self.source})"
+
+
+def get_best_config(
+    kernel: str,
+    *,
+    head_dim: int,
+    page_size: int,
+    sm_count: int | None = None,
+    device_name: str | None = None,
+    q_heads_per_kv: int = 1,
+    q_dtype: str = "bfloat16",
+    kv_dtype: str | None = None,
+    batch_size: int | None = None,
+    kv_len: int | None = None,
+    q_len: int = 1,
+    kv_heads: int | None = None,
+    ragged: bool = False,
+    features: str = "",
+) -> Config:
+    """The best known config of a kernel for a workload.
+
+    kernel: "decode", "prefill" or "append". page_size in tokens; kv_len and q_len are mean tokens a sequence; ragged if the
+    longest sequence is at least twice the mean. kv_dtype defaults to q_dtype. With neither device_name nor sm_count, the
+    current CUDA device is meant if there is one. Looks in the user's table, then in the ones that ship with patune:
+    this workload, else the nearest one, else another GPU of the same architecture, else a rule; `.source` says which.
+
+    Raises UsageError (a ValueError) for an unknown kernel or a size below 1.
+    """
+    if kernel not in KERNELS:
+        raise UsageError(f"kernel: {kernel!r} is unknown, use one of {', '.join(KERNELS)}")
+    sizes = dict(head_dim=head_dim, page_size=page_size, q_heads_per_kv=q_heads_per_kv, q_len=q_len)
+    optional = dict(sm_count=sm_count, batch_size=batch_size, kv_len=kv_len, kv_heads=kv_heads)
+    for name, value in {**sizes, **{n: v for n, v in optional.items() if v is not None}}.items():
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name}: expected an int of at least 1, got {value!r}")
+    capability = None
+    if device_name is None and sm_count is None:
+        device_name, sm_count, capability = _current_device()
+    return find(
+        {
+            "kernel": kernel, "head_dim": head_dim, "page_size": page_size,
+            "q_heads_per_kv": 1 if kernel == "append" else q_heads_per_kv,
+            "q_dtype": _plain(q_dtype), "kv_dtype": _plain(kv_dtype or q_dtype), "features": features,
+            "sm_count": sm_count, "device_name": device_name, "capability": capability,
+            "batch_size": batch_size, "kv_len": kv_len, "q_len": q_len, "kv_heads": kv_heads, "ragged": ragged,
+        }
+    )  # fmt: skip
+
+
+def find(query: dict) -> Config:
+    """get_best_config for a query that is already complete and valid; what the kernels call."""
+    entry, source = lookup.table().find(query)
+    if entry is None:
+        return Config(default_config(query), "default")
+    provenance = {name: entry[name] for name in ("gpu", "when", "triton", "torch", "driver", "source_hash", "mode")}
+    values = entry["config"] if source == "measured" else adapt(entry, query)
+    return Config(values, source, {**provenance, "measured_us": entry["us"]})
+
+
+def _plain(dtype: object) -> str:
+    """ "bfloat16" for "bfloat16" and torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _current_device() -> tuple[str | None, int | None, str | None]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, None, None
+    from .device import cuda_device
+
+    return cuda_device(torch.cuda.current_device())

@@ -1,0 +1,168 @@
+"""The torch.library operators `torch.ops.patune.*`: schemas, fake kernels, and the launch with a looked-up config.
+
+The operators write into tensors that they are given, so torch.compile and CUDA graphs see exactly what is mutated.
+Nothing here synchronises with the host: configs follow from shapes, host arguments and the device's own facts.
+"""
+
+from contextlib import nullcontext
+
+import torch
+
+from . import append, decode, prefill
+from .cache import paged_cache
+from .config import find
+from .device import device_of
+from .indices import get_batch_indices_positions
+from .template import Launch, Values
+
+_library = torch.library.Library("patune", "DEF")
+
+_PAGES = "Tensor kv_indices, Tensor kv_indptr, Tensor kv_last_page_len"
+_OPTIONS = "int? window, float? soft_cap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float v_factor"
+
+
+def run(launches: list[Launch], tensor: torch.Tensor) -> None:
+    """Launch on the tensor's own device, on that device's current stream."""
+    here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
+    with nullcontext() if here else torch.cuda.device(tensor.device):
+        for launch in launches:
+            launch.run()
+
+
+def _config(template, values: list[int] | None, q, cache, *, batch_size, kv_len, ragged=False, features="") -> Values:
+    """The caller's values in the order of the template's tunables, else the table's answer for these shapes."""
+    if values is not None:
+        return dict(zip(template.tunables, values, strict=True))
+    device = device_of(q)
+    return find(
+        {
+            "kernel": template.name, "head_dim": cache.head_dim, "page_size": cache.page_size,
+            "q_heads_per_kv": 1 if template.name == "append" else q.shape[1] // cache.kv_heads,
+            "q_dtype": str(q.dtype)[6:], "kv_dtype": str(cache.k.dtype)[6:], "features": features,
+            "sm_count": device.sm_count, "device_name": device.name, "capability": device.capability,
+            "batch_size": batch_size, "kv_len": max(1, kv_len), "q_len": max(1, q.shape[0] // batch_size),
+            "kv_heads": cache.kv_heads, "ragged": ragged,
+        }
+    )  # fmt: skip
+
+
+def _mean_kv_len(kv_indices, kv_indptr, page_size) -> int:
+    """Mean KV tokens a sequence as far as the host knows: from the pages in use, which are the length of kv_indices."""
+    return kv_indices.shape[0] * page_size // max(1, kv_indptr.shape[0] - 1)
+
+
+def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | None) -> str:
+    named = (("sinks", sinks), ("sliding_window", window), ("soft_cap", soft_cap))
+    return ",".join(name for name, value in named if value is not None)
+
+
+def _paged_decode(
+    q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, q_len, max_kv_len,
+    window, soft_cap, sinks, k_scale, v_scale, v_factor, config, kv_len=None,
+):  # fmt: skip
+    batch_size = kv_indptr.shape[0] - 1
+    if batch_size == 0:
+        return
+    cache = paged_cache(kv_cache, v_cache, kv_layout)
+    kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
+    if max_kv_len is not None:  # a captured graph's kv_indices may be longer than what is in use
+        kv_len = min(kv_len, max_kv_len)
+    values = _config(decode.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len,
+                     ragged=(max_kv_len or 0) >= 2 * kv_len, features=_features(window, soft_cap, sinks))  # fmt: skip
+    run(decode.launches(
+        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, sm_scale=sm_scale, q_len=q_len, window=window,
+        soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor,
+    ), q)  # fmt: skip
+
+
+def _paged_prefill(
+    q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, max_q_len,
+    causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, kv_len=None,
+):  # fmt: skip
+    batch_size = kv_indptr.shape[0] - 1
+    if batch_size == 0 or q.shape[0] == 0:
+        return
+    cache = paged_cache(kv_cache, v_cache, kv_layout)
+    kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
+    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len,
+                     ragged=max_q_len * batch_size >= 2 * q.shape[0], features=_features(window, soft_cap, sinks))  # fmt: skip
+    run(prefill.launches(
+        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr, max_q_len=max_q_len,
+        sm_scale=sm_scale, causal=causal, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+        v_factor=v_factor,
+    ), q)  # fmt: skip
+
+
+def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
+            k_factor, v_factor, config):  # fmt: skip
+    batch_size = kv_indptr.shape[0] - 1
+    if k.shape[0] == 0 or batch_size == 0:
+        return
+    cache = paged_cache(kv_cache, v_cache, kv_layout)
+    kv_len = _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
+    values = _config(append.TEMPLATE, config, k, cache, batch_size=batch_size, kv_len=kv_len)
+    run(append.launches(
+        k, v, batch_indices, positions, cache, kv_indices, kv_indptr, values,
+        k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor,
+    ), k)  # fmt: skip
+
+
+def _paged_attention_with_cache(
+    q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sm_scale,
+    kv_layout, num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, window, soft_cap, sinks, k_scale, v_scale,
+    k_factor, v_factor,
+):  # fmt: skip
+    page_size = kv_cache.shape[-2 if kv_layout == "HND" else -3]
+    if batch_indices is None:
+        pages = kv_indptr[1:] - kv_indptr[:-1]
+        seq_lens = torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
+        batch_indices, positions = get_batch_indices_positions(qo_indptr, seq_lens, q.shape[0])
+    _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
+            k_factor, v_factor, None)  # fmt: skip
+    out = q.new_empty(q.shape)
+    n, end = num_prefill_tokens, num_prefill_tokens + num_decode
+    options = (window, soft_cap, sinks, k_scale, v_scale, v_factor, None, _mean_kv_len(kv_indices, kv_indptr, page_size))
+    _paged_prefill(q[:n], kv_cache, v_cache, qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1],
+                   kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
+                   *options)  # fmt: skip
+    _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
+                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options)  # fmt: skip
+    out[end:].zero_()
+    return out
+
+
+def _define(name: str, schema: str, implementation, returns: str = "()", fake=lambda *args: None) -> None:
+    _library.define(f"{name}({schema}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter, in tests
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"patune::{name}", fake, lib=_library)
+
+
+_define(
+    "paged_decode",
+    f"Tensor q, Tensor kv_cache, Tensor? v_cache, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, str kv_layout, "
+    f"SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, int[]? config",
+    _paged_decode,
+)
+_define(
+    "paged_prefill",
+    f"Tensor q, Tensor kv_cache, Tensor? v_cache, Tensor qo_indptr, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, "
+    f"str kv_layout, SymInt max_q_len, bool causal, {_OPTIONS}, int[]? config",
+    _paged_prefill,
+)
+_define(
+    "append_paged_kv_cache",
+    "Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) kv_cache, Tensor(b!)? v_cache, Tensor kv_indices, "
+    "Tensor kv_indptr, str kv_layout, Tensor? k_scale, Tensor? v_scale, float k_factor, float v_factor, int[]? config",
+    _append,
+)
+_define(
+    "paged_attention_with_cache",
+    f"Tensor q, Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor(b!)? v_cache, Tensor qo_indptr, {_PAGES}, Tensor? batch_indices, "
+    "Tensor? positions, float sm_scale, str kv_layout, SymInt num_prefill, SymInt num_decode, "
+    "SymInt num_prefill_tokens, SymInt max_q_len, SymInt? max_kv_len, int? window, float? soft_cap, Tensor? sinks, "
+    "Tensor? k_scale, Tensor? v_scale, float k_factor, float v_factor",
+    _paged_attention_with_cache,
+    returns="Tensor",
+    fake=lambda q, *args: q.new_empty(q.shape),
+)

@@ -1,0 +1,225 @@
+"""Paged prefill, template "prefill": causal attention of new tokens over a paged cache that already holds them.
+
+One program takes BLOCK_M query tokens of one head and walks the sequence's keys, BLOCK_N at a time, gathered through
+the page table. Query blocks of a ragged batch form one list, cut on the device, so padding costs no program beyond
+one early exit; within a sequence the last block, which has the most keys, goes first. Tiles that every row sees in full
+skip all masking; only the diagonal (and a window's left edge) pays for it.
+"""
+
+import triton
+import triton.language as tl
+
+from ..workload import Key, Workload
+from .defaults import default_config, query_of
+from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
+from .problem import AttentionProblem
+from .template import Launch, Template, Values
+
+
+@triton.jit
+def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The sequence that holds query block `item` (batch_size if none does) and that sequence's first block."""
+    b = 0
+    first = 0
+    total = 0
+    for start in range(0, batch_size, BLOCK_B):
+        offs = start + tl.arange(0, BLOCK_B)
+        inside = offs < batch_size
+        q_len = tl.load(qo_indptr_ptr + offs + 1, mask=inside, other=0) - tl.load(qo_indptr_ptr + offs, mask=inside, other=0)
+        end = total + tl.cumsum(tl.cdiv(q_len, BLOCK_M), 0)
+        before = inside & (end <= item)
+        b += tl.sum(before.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(before, end, 0), 0))
+        total = tl.max(end, 0)
+    return b, first
+
+
+@triton.jit
+def attend(
+    q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, start, end, last_key, qk_scale, soft_cap, window,
+    stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The KV tile of the tokens `token` on the pages `page`. Returns m, l, acc and the next tile's token and page.
+
+    With MASKED, keys >= end, keys after a row's last key and keys before its window are hidden. Tokens are clamped to
+    end - 1: every load is in bounds and reads a real token, so stale NaN never meets a weight of 0.
+    """
+    row = token % PAGE_SIZE
+    k_ptrs = k_ptr + (page.to(tl.int64) * stride_kp + row * stride_kt)[:, None] + offs_d[None, :]
+    v_ptrs = v_ptr + (page.to(tl.int64) * stride_vp + row * stride_vt)[:, None] + offs_d[None, :]
+    # The next tile's page ids, a whole tile ahead of the loads that need them.
+    token = tl.minimum(start + BLOCK_N + tl.arange(0, BLOCK_N), end - 1)
+    page = tl.load(page_ids_ptr + token // PAGE_SIZE)
+    if BLOCK_D == HEAD_DIM:
+        k = tl.load(k_ptrs)  # [BLOCK_N, BLOCK_D]
+    else:
+        k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale  # [BLOCK_M, BLOCK_N]
+    if HAS_SOFT_CAP:
+        s = cap_logits(s, soft_cap) * LOG2E
+    if MASKED:
+        keys = start + tl.arange(0, BLOCK_N)
+        visible = (keys < end)[None, :] & (keys[None, :] <= last_key[:, None])
+        if HAS_WINDOW:
+            visible = visible & (keys[None, :] > last_key[:, None] - window)
+        s = tl.where(visible, s, float("-inf"))
+    p, m, l, acc = softmax_step(s, m, l, acc)
+    if BLOCK_D == HEAD_DIM:
+        v = tl.load(v_ptrs)
+    else:
+        v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    acc = dot(p.to(q.dtype), v.to(q.dtype), acc)
+    return m, l, acc, token, page
+
+
+@triton.jit(
+    do_not_specialize=["batch_size", "window"],
+    do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
+)
+def prefill_attention(
+    q_ptr, k_ptr, v_ptr, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
+    sinks_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr,
+    sm_scale, v_scale, soft_cap, window, batch_size,
+    stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
+    stride_ot, stride_oh, stride_od,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Grid (q_heads, query blocks): heads of a group run side by side and share their KV in L2."""
+    head = tl.program_id(0)
+    item = tl.program_id(1)
+    b = 0
+    first_item = 0
+    if batch_size > 1:
+        b, first_item = find_block(qo_indptr_ptr, batch_size, item, BLOCK_M, BLOCK_B)
+    if b >= batch_size:  # the grid holds the most blocks that this batch could need
+        return
+    q_start = tl.load(qo_indptr_ptr + b)
+    q_len = tl.load(qo_indptr_ptr + b + 1) - q_start
+    blocks = tl.cdiv(q_len, BLOCK_M)
+    if item - first_item >= blocks:
+        return
+    block = blocks - 1 - (item - first_item)  # longest first
+
+    first_page = tl.load(kv_indptr_ptr + b)
+    kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens = (q_start + rows).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    q_mask = (rows < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + tokens[:, None] * stride_qt + head * stride_qh + offs_d[None, :] * stride_qd,
+                mask=q_mask, other=0.0)  # fmt: skip  # [BLOCK_M, BLOCK_D]
+    qk_scale = sm_scale
+    if k_scale_ptr is not None:
+        qk_scale *= tl.load(k_scale_ptr)
+    if not HAS_SOFT_CAP:
+        qk_scale *= LOG2E
+
+    if CAUSAL:
+        last_key = kv_len - q_len + rows  # bottom-right aligned
+        end = tl.minimum(kv_len, kv_len - q_len + (block + 1) * BLOCK_M)
+        full_end = tl.maximum(kv_len - q_len + block * BLOCK_M + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        last_key = tl.zeros([BLOCK_M], tl.int32) + (kv_len - 1)
+        end = kv_len
+        full_end = kv_len // BLOCK_N * BLOCK_N
+    start = 0
+    if HAS_WINDOW:  # every tile is masked: a window is short, and its left edge crosses most of them
+        start = tl.maximum(kv_len - q_len + block * BLOCK_M + 1 - window, 0) // BLOCK_N * BLOCK_N
+        full_end = start
+
+    kv_head = (head // GROUP).to(tl.int64)
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
+    page_ids_ptr = kv_indices_ptr + first_page
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    token = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
+    page = tl.load(page_ids_ptr + token // PAGE_SIZE, mask=token >= 0, other=0)
+    for n in range(start, full_end, BLOCK_N):
+        m, l, acc, token, page = attend(
+            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, soft_cap, window,
+            stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+            HEAD_DIM, PAGE_SIZE, False, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for n in range(full_end, end, BLOCK_N):
+        m, l, acc, token, page = attend(
+            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, soft_cap, window,
+            stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+            HEAD_DIM, PAGE_SIZE, True, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    if sinks_ptr is not None:
+        m, l, alpha = add_sink(tl.load(sinks_ptr + head).to(tl.float32), m, l)
+        acc *= alpha[:, None]
+    if v_scale_ptr is not None:
+        v_scale *= tl.load(v_scale_ptr)
+    o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
+    tl.store(out_ptr + tokens[:, None] * stride_ot + head * stride_oh + offs_d[None, :] * stride_od,
+             o.to(out_ptr.dtype.element_ty), mask=q_mask)  # fmt: skip
+    if lse_ptr is not None:
+        lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
+        tl.store(lse_ptr + tokens * tl.num_programs(0) + head, lse, mask=rows < q_len)
+
+
+TUNABLES = {
+    "BLOCK_M": (64, 128),  # query tokens a program
+    "BLOCK_N": (32, 64, 128),  # KV tokens a tile
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),  # tiles in flight
+}
+JIT_FUNCTIONS = (dot, kv_length, cap_logits, softmax_step, add_sink, find_block, attend, prefill_attention)
+BLOCK_B = 128  # sequences looked at together when query blocks are counted
+
+
+def launches(
+    q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
+    qo_indptr, max_q_len, sm_scale, causal=True, window=None, soft_cap=None, sinks=None, k_scale=None, v_scale=None, v_factor=1.0,
+) -> list[Launch]:  # fmt: skip
+    """The launch of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
+    batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
+    # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
+    blocks = min(tokens // block_m + batch_size, triton.cdiv(max_q_len, block_m) * batch_size)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return [Launch(prefill_attention, (q_heads, blocks), dict(
+        q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
+        kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
+        out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, soft_cap=soft_cap or 0.0, window=window or 0,
+        batch_size=batch_size,
+        stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
+        stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], stride_kt=cache.k_strides[2],
+        stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], stride_vt=cache.v_strides[2],
+        stride_ot=out.stride(0), stride_oh=out.stride(1), stride_od=out.stride(2),
+        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal,
+        HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
+        BLOCK_M=block_m, BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
+        num_warps=config["num_warps"], num_stages=config["num_stages"],
+    ))]  # fmt: skip
+
+
+def invalid(config: Values, key: Key, workload: Workload) -> str | None:
+    """Why a point need not run: it cannot fit, or its rows do not fill its warps."""
+    block_m, block_n, warps, stages = (config[name] for name in TUNABLES)
+    row_bytes = max(16, triton.next_power_of_2(key.head_dim)) * 2
+    if (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 + block_m * row_bytes:  # q may live in registers
+        return "tiles in flight exceed shared memory"
+    if block_m < 16 * warps:
+        return "fewer than 16 rows a warp"
+    if block_m * row_bytes * 2 // (32 * warps) > 1024:  # bytes of fp32 accumulator a thread; 255 registers hold 1020
+        return "the accumulator exceeds the registers"
+    return None
+
+
+TEMPLATE = Template(
+    name="prefill",
+    tunables=TUNABLES,
+    runtime=frozenset(),
+    invalid=invalid,
+    default=lambda key, workload: default_config(query_of(key, workload)),
+    problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
+    jit_functions=JIT_FUNCTIONS,
+)

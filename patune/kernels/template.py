@@ -1,0 +1,84 @@
+"""What a kernel template offers the tuner: its tunables, their validity, its default, and launches for a problem."""
+
+import functools
+import hashlib
+import io
+import tokenize
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..workload import Key, Workload
+
+Values = Mapping[str, int]  # one point of a search space: tunable -> value
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch, complete but not yet made: the same object runs, compiles ahead, or is looked at."""
+
+    fn: Any  # triton.JITFunction
+    grid: tuple[int, ...]
+    args: dict[str, Any]  # every kernel argument by name, constexprs, num_warps and num_stages included
+
+    def run(self) -> None:
+        self.fn[self.grid](**self.args)
+
+    def warmup(self):
+        """Compile without running; tensors may be on the meta device. Returns the compiled kernel."""
+        return self.fn.warmup(grid=self.grid, **self.args)
+
+
+class Problem(Protocol):
+    """One workload with its tensors: `sets` disjoint buffer sets, so that no call finds its data in the cache."""
+
+    sets: int
+    tolerance: float  # largest relative Frobenius error that counts as right
+    bytes: int  # bytes that one call must move at least
+    flops: int  # floating-point operations that one call must do at least
+
+    def launches(self, config: Values, r: int = 0) -> list[Launch]:
+        """The launches that compute set r with this config."""
+        ...
+
+    def poison(self, r: int = 0) -> None:
+        """Fill what the kernel writes with NaN."""
+        ...
+
+    def error(self, r: int = 0) -> float:
+        """Relative Frobenius error of set r against the fp32 reference; inf if anything is NaN."""
+        ...
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kernel with its search space. A user's own kernel becomes tunable by filling in one of these."""
+
+    name: str
+    tunables: Mapping[str, tuple[int, ...]]  # every value of every tunable, ascending
+    runtime: frozenset[str]  # tunables that are run-time arguments: changing them compiles nothing
+    invalid: Callable[[Values, Key, Workload], str | None]  # why a point cannot or need not run, else None
+    default: Callable[[Key, Workload], dict[str, int]]
+    problem: Callable[..., Problem]  # (key, workload, *, device, seed=0, sets=None)
+    jit_functions: tuple[Any, ...]  # the kernels and the device functions that they call
+
+    @functools.cached_property
+    def source_hash(self) -> str:
+        """12 hex digits over the device code's tokens; comments, blank lines and indentation width do not count."""
+        skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+        digest = hashlib.sha256()
+        for fn in self.jit_functions:
+            # .src of a JITFunction, else (interpreter) the wrapped function's own text.
+            for token in tokenize.generate_tokens(io.StringIO(device_source(fn)).readline):
+                if token.type not in skip:
+                    digest.update(token.string.encode() + b"\0")
+        return digest.hexdigest()[:12]
+
+
+def device_source(fn) -> str:
+    """The text of a jit function from its `def` on, without decorators."""
+    import inspect
+    import textwrap
+
+    text = textwrap.dedent(inspect.getsource(getattr(fn, "fn", fn)))
+    return text[text.index("def ") :]

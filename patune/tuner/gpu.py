@@ -1,0 +1,163 @@
+"""Measuring on the GPU of this machine: a pool that compiles ahead and a worker process that is replaced when it dies."""
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Never
+
+from ..cachedb.trial import Environment, Trial
+from ..errors import WorkerError
+from ..kernels.template import Values
+from ..workload import Key, Workload
+from .compile import CompilePool
+from .runner import ROUNDS, Race
+from .timing import refuse_capture
+from .worker import REFERENCE, serve
+
+START_TIMEOUT_S = 300.0  # loading torch from a cold disk, and building the tensors of the largest workload
+RUN_TIMEOUT_S = 20.0  # between two reports of the worker: one config's check, or one round of a race
+
+
+class GpuRunner:
+    """A Runner on the current GPU, or on the CPU under TRITON_INTERPRET=1, where nothing is compiled."""
+
+    mode = "measured"
+
+    def __init__(self, timeout_s: float = RUN_TIMEOUT_S):
+        refuse_capture()
+        self._timeout_s = timeout_s
+        self._worker = _Worker()
+        self.environment: Environment = self._worker.environment
+        self._pool = CompilePool(self.environment.capability) if self.environment.capability else None
+
+    def prepare(self, key: Key, workload: Workload, points: Sequence[Values]) -> None:
+        if self._pool:
+            self._pool.submit(key, workload, points)
+
+    def measure(self, key: Key, workload: Workload, points: Sequence[Values], reference: Values, rounds: int = ROUNDS) -> Race:
+        from ..kernels.registry import template
+
+        configs: dict[int, Values] = dict(enumerate([reference, *points], start=REFERENCE))
+        outcomes = self._build(key, workload, configs)
+        while len(outcomes) < len(configs):
+            todo = {i: config for i, config in configs.items() if i not in outcomes}
+            outcomes.update(self._attempt(key, workload, todo, rounds))
+        source_hash, when = template(key.kernel).source_hash, datetime.now(UTC).isoformat(timespec="seconds")
+        first, *others = [
+            Trial(config=dict(config), source_hash=source_hash, when=when, **outcomes[i]) for i, config in configs.items()
+        ]
+        return Race(others, first)
+
+    def optimum_us(self, key: Key, workload: Workload) -> float | None:
+        return None
+
+    def close(self) -> None:
+        self._worker.kill()
+        if self._pool:
+            self._pool.close()
+
+    def _build(self, key: Key, workload: Workload, configs: Mapping[int, Values]) -> dict[int, dict[str, Any]]:
+        """The outcomes of those that do not compile or do not fit."""
+        if not self._pool:
+            return {}
+        self._pool.submit(key, workload, list(configs.values()))
+        builds = {i: self._pool.build(key, workload, config) for i, config in configs.items()}
+        return {i: {"status": b.status, "message": b.message} for i, b in builds.items() if b.status != "ok"}
+
+    def _attempt(self, key: Key, workload: Workload, todo: Mapping[int, Values], rounds: int) -> dict[int, dict[str, Any]]:
+        """The outcomes of all if the worker lives through it, else at least that of the config which ended it."""
+        outcomes: dict[int, dict[str, Any]] = {}
+        running = None
+        try:
+            self._worker.send((key, workload, dict(todo), rounds))
+            report = self._worker.receive(START_TIMEOUT_S)
+            if report[0] == "failed":
+                self._restart()  # whatever was made of the tensors is in the way of the next workload's
+                raise WorkerError(f"no tensors for {key.kernel} {workload}: {report[1]}")
+            while report[0] != "raced":
+                if report[0] == "running":
+                    running = report[1]
+                elif report[0] == "checked":
+                    _, i, status, error, message = report
+                    outcomes[i] = {"status": status, "error": error, "message": message}
+                    if status == "illegal_access":
+                        raise _Lost(status, message)
+                elif report[0] == "racing":
+                    running = None
+                report = self._worker.receive(self._timeout_s)
+        except _Lost as lost:
+            self._restart()
+            return self._blame(key, workload, lost, running, outcomes)
+        for i, samples in report[1].items():
+            outcomes[i]["samples_us"] = samples
+        return outcomes
+
+    def _restart(self) -> None:
+        self._worker.kill()
+        self._worker = _Worker()
+
+    def _blame(
+        self, key: Key, workload: Workload, lost: "_Lost", running: int | None, outcomes: dict[int, dict[str, Any]]
+    ) -> dict[int, dict[str, Any]]:
+        """What is certain after a loss. Configs that were right so far lost their graphs and have to run again."""
+        failed = {i: outcome for i, outcome in outcomes.items() if outcome["status"] != "ok"}
+        if running is not None:
+            return {running: {"status": lost.status, "message": lost.message}, **failed}
+        if not outcomes:
+            raise WorkerError(f"the tensors of {key.kernel} {workload} were not made: {lost.message}")
+        racing = {i: {"status": lost.status, "message": f"{lost.message}, in a race of several"} for i in outcomes}
+        return {**racing, **failed}
+
+
+class _Lost(Exception):
+    """The worker is gone, or no longer usable."""
+
+    def __init__(self, status: str, message: str):
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class _Worker:
+    """The measuring process, started and ready."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,), name="patune-measure", daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            kind, what = self.receive(START_TIMEOUT_S)
+        except _Lost as lost:
+            self._fail(f"the measuring process did not start: {lost.message}")
+        if kind == "failed":
+            self._fail(what)
+        self.environment: Environment = what
+
+    def send(self, job: tuple) -> None:
+        try:
+            self._pipe.send(job)
+        except OSError:
+            raise self._dead() from None
+
+    def receive(self, timeout_s: float) -> tuple:
+        """The next report; _Lost if none comes in time or none can come any more."""
+        try:
+            if not self._pipe.poll(timeout_s):
+                raise _Lost("timeout", f"no sign of life for {timeout_s:g} s")
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._dead() from None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join(30)  # the GPU's memory is free again only then
+        self._pipe.close()
+
+    def _dead(self) -> _Lost:
+        self._process.join(5)
+        return _Lost("worker_died", f"the measuring process ended with exit code {self._process.exitcode}")
+
+    def _fail(self, message: str) -> Never:
+        self.kill()
+        raise WorkerError(message)

@@ -1,0 +1,114 @@
+"""Which configs to measure next: all of a small space, else what Optuna's TPE proposes, never the same twice."""
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from ..cachedb.trial import Trial
+from ..kernels.template import Values
+from .space import Point, Tunables, indices, nearest, point_of
+
+BATCH = 16  # configs proposed together; a bigger batch costs no search quality up to here
+FAILED_US = 1e12  # told for a config that is not right: TPE only ranks, so any time above all others will do
+
+
+class Search:
+    """Ask for a batch, measure it, tell it; an empty batch ends the search.
+
+    `points` are the valid configs. `seeds` come first, in order; they may lie off the grid, as a default that is computed
+    may. `prior` trials count as measured. `trials` is the number of configs in all, None for every one.
+    """
+
+    def __init__(
+        self,
+        tunables: Tunables,
+        points: Sequence[Values],
+        *,
+        trials: int | None,
+        seed: int,
+        seeds: Iterable[Values] = (),
+        prior: Iterable[Trial] = (),
+    ):
+        self.tunables = tunables
+        grid = [point_of(config, tunables) for config in points]
+        self.unseen = dict.fromkeys(grid)  # an ordered set
+        self.seen: set[Point] = set()
+        prior = list(prior)
+        for trial in prior:
+            self._take(point_of(trial.config, tunables))
+        self._first = list(dict.fromkeys(p for p in (point_of(c, tunables) for c in seeds) if p not in self.seen))
+        total = len(self.unseen) + len(self.seen) + sum(p not in self.unseen for p in self._first)
+        self.total = total if trials is None else min(trials, total)
+        self._tpe = None if self.total == total else _Tpe(tunables, set(grid), prior, seed)
+
+    def ask(self, n: int = BATCH) -> list[dict[str, int]]:
+        """Up to n configs that nobody has measured."""
+        batch: list[Point] = []
+        for _ in range(min(n, self.total - len(self.seen))):
+            if self._first:
+                point = self._first.pop(0)
+                if self._tpe:
+                    self._tpe.running(point)
+            elif self._tpe:
+                point = self._tpe.propose(self.unseen)
+            else:
+                point = next(iter(self.unseen))
+            self._take(point)
+            batch.append(point)
+        return [dict(zip(self.tunables, point, strict=True)) for point in batch]
+
+    def tell(self, trials: Iterable[Trial]) -> None:
+        """The outcome of configs that were asked for."""
+        if self._tpe:
+            for trial in trials:
+                self._tpe.tell(point_of(trial.config, self.tunables), _value(trial))
+
+    def _take(self, point: Point) -> None:
+        self.seen.add(point)
+        self.unseen.pop(point, None)
+
+
+class _Tpe:
+    """Optuna's sampler over the index of each value, kept away from points that are invalid or measured."""
+
+    def __init__(self, tunables: Tunables, grid: set[Point], prior: Sequence[Trial], seed: int):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.optuna, self.tunables, self.grid = optuna, tunables, grid
+        self.rng = random.Random(seed)
+        self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        self.space: dict[str, Any] = {name: optuna.distributions.IntDistribution(0, len(v) - 1) for name, v in tunables.items()}
+        self.numbers: dict[Point, int] = {}  # of the trials that are running
+        told = ((point_of(trial.config, tunables), _value(trial)) for trial in prior)
+        self.study.add_trials([self._trial(point, value=value) for point, value in told if point in grid])
+
+    def propose(self, unseen: Collection[Point]) -> Point:
+        trial = self.study.ask(self.space)
+        point = tuple(values[trial.params[name]] for name, values in self.tunables.items())
+        if point in unseen:
+            self.numbers[point] = trial.number
+            return point
+        self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+        close = nearest(indices(point, self.tunables), (indices(p, self.tunables) for p in unseen), self.rng)
+        point = tuple(values[i] for i, values in zip(close, self.tunables.values(), strict=True))
+        self.running(point)
+        return point
+
+    def running(self, point: Point) -> None:
+        """Let the sampler know of a point that it did not propose. One off the grid means nothing to it."""
+        if point in self.grid:
+            self.study.add_trial(self._trial(point, state=self.optuna.trial.TrialState.RUNNING))
+            self.numbers[point] = self.study.get_trials(deepcopy=False)[-1].number
+
+    def tell(self, point: Point, value: float) -> None:
+        if (number := self.numbers.pop(point, None)) is not None:
+            self.study.tell(number, value)
+
+    def _trial(self, point: Point, **outcome: Any) -> Any:
+        params = dict(zip(self.space, indices(point, self.tunables), strict=True))
+        return self.optuna.trial.create_trial(params=params, distributions=self.space, **outcome)
+
+
+def _value(trial: Trial) -> float:
+    return trial.us if trial.status == "ok" and trial.us else FAILED_US

@@ -1,0 +1,145 @@
+"""How a time is measured: graphs of the whole rotation of buffer sets, replayed in turn, one sample a round.
+
+`Cuda` and `Host` know how to run calls and how long they took; `race` is the same for both. `Host` exists so that all of
+it runs where kernels are interpreted on a CPU.
+"""
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from ..errors import PatuneError, WorkerError
+
+SLOW = 2.0  # over the best of the first rounds by this factor: out of the race
+FIRST_ROUNDS = 2
+
+Call = Callable[[], None]
+
+
+class Clock(Protocol):
+    device: str
+
+    def synchronize(self) -> None:
+        """Wait for all work; raises if the device has failed for good."""
+        ...
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        """One callable that makes all the calls. Each must have run before, so that nothing is compiled here."""
+        ...
+
+    def lap(self, replays: Sequence[Call]) -> list[float]:
+        """Run them back to back; microseconds of each."""
+        ...
+
+
+class Cuda:
+    """The GPU: CUDA graphs, timed by events on its own clock."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda = torch.cuda
+        self._side = torch.cuda.Stream()
+
+    def synchronize(self) -> None:
+        self._cuda.synchronize()
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        # torch.cuda.graph would empty the allocator's cache each time; this is the rest of what it does.
+        self._cuda.synchronize()
+        graph = self._cuda.CUDAGraph()
+        with self._cuda.stream(self._side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph.capture_end()
+        kept = list(calls)  # the calls own the buffers that the graph points to
+
+        def replay() -> None:
+            assert kept
+            graph.replay()
+
+        replay()  # uploads the graph
+        self._cuda.synchronize()
+        return replay
+
+    def lap(self, replays: Sequence[Call]) -> list[float]:
+        events = [[self._cuda.Event(enable_timing=True) for _ in range(2)] for _ in replays]
+        replays[0]()  # untimed: while it runs the host gets ahead, so that no sample waits for a launch
+        for (start, end), replay in zip(events, replays):
+            start.record()
+            replay()
+            end.record()
+        self._cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+class Host:
+    """The CPU under Triton's interpreter: a time, but one that says nothing about a GPU."""
+
+    device = "cpu"
+
+    def synchronize(self) -> None:
+        """Calls return when they are done."""
+
+    def capture(self, calls: Sequence[Call]) -> Call:
+        kept = list(calls)
+
+        def replay() -> None:
+            for call in kept:
+                call()
+
+        return replay
+
+    def lap(self, replays: Sequence[Call]) -> list[float]:
+        marks = [time.perf_counter()]
+        for replay in replays:
+            replay()
+            marks.append(time.perf_counter())
+        return [(end - start) * 1e6 for start, end in itertools.pairwise(marks)]
+
+
+def clock() -> Clock:
+    """The GPU's if there is one, the CPU's under TRITON_INTERPRET=1."""
+    import torch
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Host()
+    if not torch.cuda.is_available():
+        raise WorkerError("no GPU is visible to measure on: replay a landscape instead, or check the driver with nvidia-smi")
+    return Cuda()
+
+
+def race(
+    clock: Clock, replays: Mapping[int, Call], calls: int, rounds: int, *, keep: int, beat: Callable[[], None]
+) -> dict[int, tuple[float, ...]]:
+    """Microseconds a call of each contestant, one sample a round.
+
+    Every replay makes `calls` calls. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for `keep`. The
+    order turns by one every round, so nobody always follows the same one. `beat` is called after every round.
+    """
+    samples: dict[int, list[float]] = {i: [] for i in replays}
+    running = list(replays)
+    for n in range(rounds if replays else 0):
+        order = running[n % len(running) :] + running[: n % len(running)]
+        for i, us in zip(order, clock.lap([replays[i] for i in order])):
+            samples[i].append(us / calls)
+        if n + 1 == FIRST_ROUNDS:
+            limit = SLOW * min(min(taken) for taken in samples.values())
+            running = [i for i in running if i == keep or min(samples[i]) <= limit]
+        beat()
+    return {i: tuple(taken) for i, taken in samples.items()}
+
+
+def refuse_capture() -> None:
+    """PatuneError if the caller is capturing a CUDA graph: a tuning run would become part of it, or break it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise PatuneError("tuning was started inside a CUDA graph capture: tune before the capture begins")

@@ -1,0 +1,99 @@
+"""Paged decode against the fp32 reference, and the properties that make it safe to serve with."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from paged import Batch, Case, assert_close, cases, check_decode
+
+import patune
+from patune.kernels import decode
+
+SPLIT = dict(BLOCK_N=16, num_warps=2, num_stages=2, num_splits=3)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@settings(max_examples=30)
+@given(cases(), st.sampled_from((1, 2, 3, 5)), st.sampled_from((16, 32, 64)))
+@example(Case((1,), (0,)), 2, 16)  # nothing to attend to
+@example(Case((1, 1, 1), (0, 33, 0), sinks=True), 3, 16)  # empty sequences beside a split one
+@example(Case((5, 5), (5, 64), window=1), 3, 16)  # rows of one tile whose windows do not overlap
+@example(Case((1, 1), (90, 3), page_size=1, head_dim=80, group=7), 4, 32)
+@example(Case((8,), (200,), group=20, kv_heads=1), 2, 32)  # more packed rows than one MMA tile takes
+def test_decode_equals_the_reference_for_any_shape_layout_and_feature(case, num_splits, block_n):
+    check_decode(case, DEVICE, BLOCK_N=block_n, num_warps=4, num_stages=2, num_splits=num_splits)
+
+
+@given(st.lists(st.integers(0, 120), min_size=2, max_size=6), st.integers(1, 6))
+@settings(max_examples=25)
+def test_any_number_of_splits_gives_the_same_output(kv_lens, num_splits):
+    case = Case((1,) * len(kv_lens), tuple(kv_lens), kv_heads=1)
+    batch = Batch(case, DEVICE)
+    whole = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT | {"num_splits": 1})
+    split = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT | {"num_splits": num_splits})
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_follow_the_sequences_not_the_pool_or_the_list(device):
+    """The pages behind the last sequence, in the pool or at the end of kv_indices, change neither work nor result."""
+    batch = Batch(Case((1, 1), (50, 70)), device)
+    want = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
+    longer = torch.cat([batch.kv_indices, torch.full((500,), 10**6, dtype=torch.int32, device=device)])
+    got = patune.paged_decode(batch.q, batch.kv_cache, longer, batch.kv_indptr, batch.kv_last_page_len, config=SPLIT)
+    assert torch.equal(got, want)
+
+
+def test_a_page_table_that_starts_inside_a_longer_one_is_read_from_there(device):
+    """The decode rows of a mixed batch come with kv_indptr[num_prefill:], which does not start at 0."""
+    batch = Batch(Case((1, 1, 1), (40, 90, 33)), device)
+    want = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
+    tail = patune.paged_decode(
+        batch.q[1:], batch.kv_cache, batch.kv_indices, batch.kv_indptr[1:], batch.kv_last_page_len[1:], config=SPLIT
+    )
+    assert_close(tail, want[1:], 1e-5)
+
+
+def test_more_sequences_than_one_counting_step_looks_at(device):
+    """Shares are counted 128 sequences at a time; a batch of 150 takes two steps."""
+    kv_lens = tuple((7 * i) % 40 for i in range(150))
+    check_decode(Case((1,) * 150, kv_lens, kv_heads=1, group=1, head_dim=16, page_size=8), device, **SPLIT)
+
+
+def test_one_set_of_tensors_serves_any_lengths(device):
+    """Launch bounds depend on shapes only, so lengths may change under a captured graph; here: the same launches, new lengths."""
+    batch = Batch(Case((1, 1), (90, 90)), device)
+    for lengths in ((90, 90), (1, 90), (0, 17), (33, 0)):
+        pages = [-(-n // 16) for n in lengths]
+        batch.kv_indptr.copy_(torch.tensor([0, pages[0], sum(pages)]))
+        batch.kv_last_page_len.copy_(torch.tensor([n - (p - 1) * 16 if p else 0 for n, p in zip(lengths, pages, strict=True)]))
+        batch.kv_cache.nan_to_num_(0.25)
+        got = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
+        assert_close(got, batch.reference()[0], 1e-4)
+
+
+def test_a_single_split_launches_one_kernel():
+    batch = Batch(Case((1,), (64,)), "cpu")
+    cache = decode_cache(batch)
+    for splits, kernels in ((1, 1), (2, 2)):
+        launches = decode.launches(batch.q, cache, *batch.pages, batch.q, None, SPLIT | {"num_splits": splits}, sm_scale=1.0)
+        assert len(launches) == kernels
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+def test_scratch_is_sized_by_this_call_not_by_an_earlier_one(head_dim, device):
+    for d in (128, head_dim, 128):
+        check_decode(Case((1,), (70,), head_dim=d), device, **SPLIT)
+
+
+def test_fp8_cache_is_read_with_its_scales(device):
+    check_decode(Case((1, 1), (50, 33), dtype="bfloat16", kv_dtype="float8_e4m3fn", scales=True), device, **SPLIT)
+
+
+def test_default_config_is_used_without_a_table(device):
+    check_decode(Case((1, 1), (300, 20)), device)
+
+
+def decode_cache(batch):
+    from patune.kernels.cache import paged_cache
+
+    return paged_cache(batch.kv_cache, None, "HND")

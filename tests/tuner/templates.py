@@ -1,0 +1,100 @@
+"""A tiny template whose tunable FAULT plants what can go wrong, for tests with real processes."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from patune.kernels.template import Launch, Template
+from patune.workload import Key, Workload
+
+NONE, RAISES, WRONG, DIES, HANGS, OUT_OF_MEMORY, BREAKS_COMPILER, KILLS_COMPILER, HANGS_COMPILER, TOO_BIG = range(10)
+NAME = "tests.tuner.templates:TOY"
+KEY = Key(NAME, "interpreter", 1, head_dim=16, page_size=16, q_heads_per_kv=1)
+
+
+@triton.jit
+def double(x_ptr, out_ptr, n, FACTOR: tl.constexpr, BREAKS: tl.constexpr, BLOCK: tl.constexpr):
+    tl.static_assert(not BREAKS, "planted")
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(out_ptr + offs, x * FACTOR, mask=offs < n)
+
+
+@triton.jit
+def hoard(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tile = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :])
+    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], tl.dot(tile, tile))
+
+
+@dataclass
+class Doubling:
+    """kv_len numbers, to be doubled."""
+
+    key: Key
+    workload: Workload
+    device: str
+    seed: int = 0
+    sets: int = 2
+    tolerance: float = 1e-6
+
+    def __post_init__(self):
+        n = self.workload.kv_len
+        self.bytes, self.flops = 8 * n, n
+        self.x = [torch.full((n,), r + 1.0, device=self.device) for r in range(self.sets)]
+        self.out = [torch.empty_like(x) for x in self.x]
+
+    def launches(self, config, r=0):
+        fault, meta = config["FAULT"], self.device == "meta"
+        if fault == TOO_BIG:
+            tile = torch.empty((256, 256), device=self.device)
+            return [Launch(hoard, (1,), {"x_ptr": tile, "out_ptr": tile, "BLOCK": 256, "num_warps": 4})]
+        if fault == (KILLS_COMPILER if meta else DIES):
+            os._exit(7)
+        if fault == (HANGS_COMPILER if meta else HANGS):
+            time.sleep(60)
+        if fault == RAISES and not meta:
+            raise ValueError("planted")
+        if fault == OUT_OF_MEMORY and not meta:
+            raise torch.OutOfMemoryError("planted")
+        args = {
+            "x_ptr": self.x[r],
+            "out_ptr": self.out[r],
+            "n": self.workload.kv_len,
+            "FACTOR": 3 if fault == WRONG else 2,
+            "BREAKS": fault == BREAKS_COMPILER,
+            "BLOCK": config["BLOCK"],
+            "num_warps": config["num_warps"],
+        }
+        return [Launch(double, (triton.cdiv(self.workload.kv_len, config["BLOCK"]),), args)]
+
+    def poison(self, r=0):
+        self.out[r].fill_(float("nan"))
+
+    def error(self, r=0):
+        want = 2 * self.x[r]
+        return ((self.out[r] - want).norm() / want.norm()).item()
+
+
+def no_tensors(key, workload, *, device, seed=0, sets=None):
+    raise torch.OutOfMemoryError("planted")
+
+
+TOY = Template(
+    name=NAME,
+    tunables={"BLOCK": (16, 32, 64), "num_warps": (1, 2, 4), "FAULT": tuple(range(10))},
+    runtime=frozenset(),
+    invalid=lambda config, key, workload: "planted" if config["FAULT"] else None,
+    default=lambda key, workload: {"BLOCK": 16, "num_warps": 1, "FAULT": NONE},
+    problem=Doubling,
+    jit_functions=(double,),
+)
+NO_TENSORS = Template("no_tensors", TOY.tunables, frozenset(), TOY.invalid, TOY.default, no_tensors, (double,))
+
+
+def config(block: int = 32, fault: int = NONE) -> dict[str, int]:
+    return {"BLOCK": block, "num_warps": 1, "FAULT": fault}

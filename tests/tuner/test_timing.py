@@ -1,0 +1,76 @@
+"""A race times its contestants in turn, stops the slow ones, and never the one it is told to keep."""
+
+import subprocess
+import sys
+
+import pytest
+
+from patune.errors import PatuneError
+from patune.tuner import timing
+
+
+class Recorder:
+    """A clock on which contestant n takes us[n] microseconds, and that remembers who ran."""
+
+    def __init__(self, us):
+        self.us, self.laps = us, []
+        self.replays = {i: (lambda i=i: i) for i in us}
+
+    def lap(self, replays):
+        order = [replay() for replay in replays]
+        self.laps.append(order)
+        return [self.us[i] for i in order]
+
+
+def race(us, **options):
+    clock, beats = Recorder(us), []
+    samples = timing.race(clock, clock.replays, 2, 7, keep=0, beat=lambda: beats.append(1), **options)
+    return samples, clock.laps, len(beats)
+
+
+def test_slow_contestants_stop_after_two_rounds():
+    """Twice the best time is the end after two rounds, which are kept; the reference stays however slow it is."""
+    samples, laps, beats = race({0: 90.0, 1: 10.0, 2: 19.0, 3: 21.0})
+    assert samples == {0: (45.0,) * 7, 1: (5.0,) * 7, 2: (9.5,) * 7, 3: (10.5,) * 2}
+    assert [len(order) for order in laps] == [4, 4, 3, 3, 3, 3, 3]
+    assert beats == 7
+
+
+def test_order_turns():
+    """Nobody runs after the same contestant in every round, as the first does after the last."""
+    _, laps, _ = race({0: 10.0, 1: 10.0, 2: 10.0})
+    assert {order[0] for order in laps} == {0, 1, 2}
+
+
+def test_nothing_to_race():
+    """If every config of a batch is wrong there is no race and no error."""
+    assert race({}) == ({}, [], 0)
+
+
+def test_host_clock_times_calls():
+    """Without a GPU a replay makes all its calls, once each, and takes some time."""
+    made, clock = [], timing.Host()
+    replay = clock.capture([lambda: made.append(1), lambda: made.append(2)])
+    assert made == []
+    assert all(us > 0 for us in clock.lap([replay, replay]))
+    assert made == [1, 2, 1, 2]
+
+
+def test_tuning_inside_a_capture_is_refused(monkeypatch):
+    """Starting a tuning run while a CUDA graph is being captured is an error that says so."""
+    import torch
+
+    timing.refuse_capture()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(PatuneError, match="inside a CUDA graph capture"):
+        timing.refuse_capture()
+
+
+def test_imports_are_light():
+    """Importing the tuner loads no torch, triton, optuna or rich: the command line stays quick."""
+    code = (
+        "import sys, patune.tuner.session, patune.tuner.gpu, patune.tuner.replay\n"
+        "print({'torch', 'triton', 'optuna', 'rich'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
