@@ -1,6 +1,5 @@
 """The public kernels: check the arguments, allocate the output, call the operator."""
 
-import math
 from typing import Any
 
 import torch
@@ -40,8 +39,9 @@ def paged_decode(
     """Attention of q_len_per_seq new tokens a sequence over its paged KV cache, which already holds their K and V.
 
     q: [batch * q_len_per_seq, q_heads, head_dim], bf16, fp16 or fp32, any strides; head_dim at most 256.
-    kv_cache: one tensor [pages, 2, kv_heads, page_size, head_dim] (HND) or [pages, 2, page_size, kv_heads, head_dim] (NHD), or a
-        (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of kv_heads, page_size 1 to 256.
+    kv_cache: one tensor [pages, 2, kv_heads, page_size, head_dim] (HND) or [pages, 2, page_size, kv_heads, head_dim]
+        (NHD), or a (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of kv_heads,
+        page_size 1 to 256.
     kv_indices: [pages in use] int32, page ids. kv_indptr: [batch+1] int32, in pages. kv_last_page_len: [batch] int32.
     sm_scale: 1/sqrt(head_dim) if None. Query i of a sequence sees keys up to kv_len - q_len_per_seq + i.
     sliding_window: keep the last W keys, the query's own included. logits_soft_cap: c * tanh(logits / c).
@@ -74,7 +74,7 @@ def paged_decode(
     checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
-    scale = (1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale) * k_factor
+    scale = checks.check_scale(q, sm_scale) * k_factor
     torch.ops.patune.paged_decode(
         q, first, second, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, q_len_per_seq, max_kv_len,
         sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(DECODE, config),
@@ -126,7 +126,7 @@ def paged_prefill(
     checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
-    scale = (1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale) * k_factor
+    scale = checks.check_scale(q, sm_scale) * k_factor
     torch.ops.patune.paged_prefill(
         q, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, max_q_len, causal,
         sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(PREFILL, config),
@@ -235,7 +235,7 @@ def paged_attention_with_cache(
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
     v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
     checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
-    scale = 1 / math.sqrt(q.shape[2]) if sm_scale is None else sm_scale
+    scale = checks.check_scale(q, sm_scale)
     return torch.ops.patune.paged_attention_with_cache(
         q, k, v, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, scale, kv_layout,
         num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, sliding_window, logits_soft_cap, sinks,

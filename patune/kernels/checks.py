@@ -108,6 +108,14 @@ def check_options(q: torch.Tensor, sliding_window: int | None, logits_soft_cap: 
         require(sinks.stride(0) == 1 or q.shape[1] == 1, "sinks", "must be contiguous; call .contiguous()")
 
 
+def check_scale(q: torch.Tensor, sm_scale: float | None) -> float:
+    """The logits' scale; the kernels rely on it being positive, because they take a row's maximum before they scale."""
+    if sm_scale is None:
+        return 1 / math.sqrt(q.shape[2])
+    require(sm_scale > 0 and math.isfinite(sm_scale), "sm_scale", f"expected a positive number or None, got {sm_scale}")
+    return float(sm_scale)
+
+
 def split_scale(scale: float | torch.Tensor | None, name: str, device: torch.device) -> tuple[torch.Tensor | None, float]:
     """A scale as (tensor on the device or None, host factor): tensors are read by the kernel, never by the host."""
     if isinstance(scale, torch.Tensor):
@@ -115,6 +123,7 @@ def split_scale(scale: float | torch.Tensor | None, name: str, device: torch.dev
         require(scale.device == device, name, f"is on {scale.device}, expected {device}; or pass a float")
         require(scale.dtype == torch.float32, name, f"expected float32, got {scale.dtype}")
         return scale, 1.0
+    require(scale is None or scale > 0, name, f"expected a positive number, got {scale}")
     return None, 1.0 if scale is None else float(scale)
 
 

@@ -124,8 +124,9 @@ def decode_split(
     qk_scale = sm_scale
     if k_scale_ptr is not None:
         qk_scale *= tl.load(k_scale_ptr)
-    if not HAS_SOFT_CAP:
-        qk_scale *= LOG2E
+    exponent = qk_scale * LOG2E  # of the logits inside exp2
+    if HAS_SOFT_CAP:
+        exponent = LOG2E
 
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
@@ -148,9 +149,9 @@ def decode_split(
             k = tl.load(k_ptr + k_offs[:, None] + offs_d[None, :])  # [BLOCK_N, BLOCK_D]
         else:
             k = tl.load(k_ptr + k_offs[:, None] + offs_d[None, :], mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale  # [BLOCK_M, BLOCK_N]
+        s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
         if HAS_SOFT_CAP:
-            s = cap_logits(s, soft_cap) * LOG2E
+            s = cap_logits(s * qk_scale, soft_cap)
         keys = start + tl.arange(0, BLOCK_N)
         visible = (keys < hi)[None, :]
         if Q_LEN > 1:
@@ -158,7 +159,7 @@ def decode_split(
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > last_key[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-        p, m, l, acc = softmax_step(s, m, l, acc)
+        p, m, l, acc = softmax_step(s, exponent, m, l, acc)
         if BLOCK_D == HEAD_DIM:
             v = tl.load(v_ptr + v_offs[:, None] + offs_d[None, :])
         else:
@@ -209,12 +210,17 @@ def decode_reduce(
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
     share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
     count = tl.cdiv(kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW), share)
-    if count <= 1:  # stage 1 wrote this row
-        return
     first = 0
-    if batch_size > 1:
+    if (batch_size > 1) & (count > 1):
         _, first = find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, share, window, b, False,
                               Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)  # fmt: skip
+
+    if PDL:
+        # All of the above needed only the page table, which is older than stage 1. Every program waits, also one that
+        # then has nothing to do: whatever runs after this stage relies on it not ending before stage 1.
+        gdc_wait()
+    if count <= 1:  # stage 1 wrote this row
+        return
 
     kv_heads = tl.num_programs(0) // GROUP
     ROWS: tl.constexpr = GROUP * Q_LEN
@@ -223,8 +229,6 @@ def decode_reduce(
     m = float("-inf")
     l = 0.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
-    if PDL:
-        gdc_wait()  # all of the above needed only the page table, which is older than stage 1
     for start in range(0, count, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
         slot = (first + splits).to(tl.int64) * (kv_heads * ROWS) + row

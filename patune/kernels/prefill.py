@@ -36,7 +36,7 @@ def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: 
 
 @triton.jit
 def attend(
-    q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, start, end, last_key, qk_scale, soft_cap, window,
+    q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, start, end, last_key, qk_scale, exponent, soft_cap, window,
     stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -56,16 +56,16 @@ def attend(
         k = tl.load(k_ptrs)  # [BLOCK_N, BLOCK_D]
     else:
         k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-    s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * qk_scale  # [BLOCK_M, BLOCK_N]
+    s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
     if HAS_SOFT_CAP:
-        s = cap_logits(s, soft_cap) * LOG2E
+        s = cap_logits(s * qk_scale, soft_cap)
     if MASKED:
         keys = start + tl.arange(0, BLOCK_N)
         visible = (keys < end)[None, :] & (keys[None, :] <= last_key[:, None])
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > last_key[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-    p, m, l, acc = softmax_step(s, m, l, acc)
+    p, m, l, acc = softmax_step(s, exponent, m, l, acc)
     if BLOCK_D == HEAD_DIM:
         v = tl.load(v_ptrs)
     else:
@@ -115,8 +115,9 @@ def prefill_attention(
     qk_scale = sm_scale
     if k_scale_ptr is not None:
         qk_scale *= tl.load(k_scale_ptr)
-    if not HAS_SOFT_CAP:
-        qk_scale *= LOG2E
+    exponent = qk_scale * LOG2E  # of the logits inside exp2
+    if HAS_SOFT_CAP:
+        exponent = LOG2E
 
     if CAUSAL:
         last_key = kv_len - q_len + rows  # bottom-right aligned
@@ -142,13 +143,13 @@ def prefill_attention(
     page = tl.load(page_ids_ptr + token // PAGE_SIZE, mask=token >= 0, other=0)
     for n in range(start, full_end, BLOCK_N):
         m, l, acc, token, page = attend(
-            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, soft_cap, window,
+            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
             stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
             HEAD_DIM, PAGE_SIZE, False, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for n in range(full_end, end, BLOCK_N):
         m, l, acc, token, page = attend(
-            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, soft_cap, window,
+            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
             stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
             HEAD_DIM, PAGE_SIZE, True, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip

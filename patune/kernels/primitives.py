@@ -33,14 +33,15 @@ def cap_logits(s, soft_cap):
 
 
 @triton.jit
-def softmax_step(s, m, l, acc):
-    """One step of the online softmax in base 2. Returns p, m, l and the rescaled acc.
+def softmax_step(s, scale, m, l, acc):
+    """One step of the online softmax in base 2 over the logits s * scale, scale > 0. Returns p, m, l and the rescaled acc.
 
-    A row that has seen no key yet has m = -inf; it must neither produce -inf - -inf nor weigh anything.
+    The scale is applied inside the exponent, where it is one fused multiply-add instead of a pass of its own. A row that
+    has seen no key yet has m = -inf; it must neither produce -inf - -inf nor weigh anything.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - shift[:, None])
+    p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
     return p, m_new, l * alpha + tl.sum(p, 1), acc * alpha[:, None]
 
