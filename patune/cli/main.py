@@ -11,19 +11,8 @@ from ..errors import PatuneError
 COMMANDS = ("run", "show", "lookup", "export", "doctor")
 
 
-class Failure(click.ClickException):
-    """What ends a command: one line on stderr and an exit status."""
-
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_code = exit_status
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"patune: {self.message}", file=file, err=True)
-
-
 class Commands(click.Group):
-    """One module of this package a command, by the same name."""
+    """One module of this package a command, by the same name. What fails on purpose is one line on stderr."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -36,10 +25,16 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+            click.echo(f"patune: error: {' '.join(error.format_message().split())}{hint}", err=True)
+            ctx.exit(error.exit_code)
         except PatuneError as error:
-            raise Failure(f"error: {error}", error.exit_status) from error
+            click.echo(f"patune: error: {error}", err=True)
+            ctx.exit(error.exit_status)
         except KeyboardInterrupt:
-            raise Failure("interrupted, what was measured is kept", 1) from None
+            click.echo("patune: interrupted, what was measured is kept", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

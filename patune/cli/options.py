@@ -6,8 +6,14 @@ from typing import Any
 
 import click
 
+from ..gpus import GPUS
+
+AUTO = "auto"  # the GPU that is here
 AT_LEAST_1 = click.IntRange(min=1)
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
+FLOATS = ("bfloat16", "float16", "float32")
+GPU = click.Choice([*GPUS], case_sensitive=False)
+GPU_OR_AUTO = click.Choice([AUTO, *GPUS], case_sensitive=False)
 
 
 class Duration(click.ParamType):

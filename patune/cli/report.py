@@ -21,7 +21,8 @@ def print_tables(keys: Sequence[Mapping[str, Any]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False)
     for part in keys:
         console.print(_table(Key(**part["key"]), part["workloads"]))
-    console.print(LEGEND)
+    if keys:
+        console.print(LEGEND)
 
 
 def title(key: Key) -> str:
@@ -36,7 +37,7 @@ def _table(key: Key, rows: Sequence[Row]) -> Table:
     optional = [name for name in ("regret", "mode", "when") if any(row.get(name) is not None for row in rows)]
     table = Table(title=title(key), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("workload", no_wrap=True)
-    for name in (*tunables, "µs", "default µs", "speedup", "configs", *optional):
+    for name in (*tunables, "us", "default us", "speedup", "configs", *optional):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         values = [str(row["config"].get(name, "")) for name in tunables]

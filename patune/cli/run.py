@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,16 @@ from ..cachedb.file import database_path
 from ..cachedb.landscape import Landscape
 from ..errors import UsageError
 from . import source
-from .options import AT_LEAST_1, Count, Duration, as_json, database
+from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, as_json, database
 from .plan import KERNELS, Plan, Request, shape_of, sizes_of
 
 if TYPE_CHECKING:
     from ..cachedb.store import Store
     from ..tuner.runner import Runner
-    from ..tuner.session import Event, Failed
 
 
-@click.command()
-@click.option("--gpu", required=True, metavar="NAME", help="The GPU to tune for: auto (the one here), h100, h200, ...")
+@click.command(short_help="Tune a GPU, or replay how it went on one.")
+@click.option("--gpu", type=GPU_OR_AUTO, required=True, help="The GPU to tune for; auto: the one here.")
 @click.option("--kernel", type=click.Choice([*KERNELS, "all"]), default="all", show_default=True)
 @click.option("--model", metavar="NAME", help="Take the shape of a model such as llama-3.1-8b.")
 @click.option("--head-dim", type=AT_LEAST_1, help="The shape, without --model: with --q-heads and --kv-heads.")
@@ -68,64 +66,51 @@ def command(
 
     with Store.open(path) as store, contextlib.closing(_runner(landscape)) as runner:
         plan = request.measured(runner.environment) if landscape is None else _replayed(request, landscape)
-        tuned = _Tuned(plan)
-        tuned.run(runner, store, None if trials == "all" else int(trials), seed, budget)
-        document = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": tuned.keys}
+        keys, failed = _tune(plan, runner, store, None if trials == "all" else int(trials), seed, budget)
+        document = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": keys}
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
         from .report import print_tables
 
-        print_tables([part for part in tuned.keys if part["workloads"]])
+        print_tables([part for part in keys if part["workloads"]])
         click.echo(f"The table is in {path}; `patune show` prints it, `patune export` takes it elsewhere.")
-    tuned.report_gaps()
-    if tuned.failed:
+    left = sum(map(len, plan.values())) - sum(len(part["workloads"]) for part in keys) - len(failed)
+    if left:
+        click.echo(f"the budget ended before {left} workloads, a larger --budget has room for them", err=True)
+    for failure in failed:
+        click.echo(f"failed: {failure}", err=True)
+    if failed:
         click.get_current_context().exit(1)
 
 
-class _Tuned:
-    """What came of a plan."""
+def _tune(
+    plan: Plan, runner: "Runner", store: "Store", trials: int | None, seed: int, budget_s: float | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The "keys" of the document, and which workloads failed and why. The budget is shared out by workloads."""
+    from ..kernels.registry import template
+    from ..tuner.progress import ProgressView
+    from ..tuner.session import Event, Failed, tune
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.keys: list[dict[str, Any]] = []  # as `--json` prints them
-        self.failed: list[tuple[str, Failed]] = []  # with the kernel
+    keys: list[dict[str, Any]] = []
+    failed: list[str] = []
+    ends = None if budget_s is None else time.monotonic() + budget_s
+    to_come = sum(map(len, plan.values()))
 
-    def run(self, runner: "Runner", store: "Store", trials: int | None, seed: int, budget_s: float | None) -> None:
-        from ..kernels.registry import template
-        from ..tuner.progress import ProgressView
-        from ..tuner.session import tune
+    def on_event(event: Event) -> None:
+        if isinstance(event, Failed):
+            failed.append(f"{key.kernel} {event.workload}: {event.message}")
+        view.on_event(event)
 
-        ends = None if budget_s is None else time.monotonic() + budget_s
-        to_come = sum(map(len, self.plan.values()))
-        with ProgressView() as view:
-            for key, workloads in self.plan.items():
-                share = None if ends is None else (ends - time.monotonic()) * len(workloads) / to_come
-                to_come -= len(workloads)
-                results = tune(
-                    template(key.kernel), key, workloads, runner, store,
-                    trials=trials, seed=seed, budget_s=share, on_event=self._seeing(key.kernel, view.on_event),
-                )  # fmt: skip
-                self.keys.append({"key": asdict(key), "workloads": results})
-
-    def report_gaps(self) -> None:
-        """Tell on stderr which workloads have no result."""
-        for kernel, failure in self.failed:
-            click.echo(f"failed: {kernel} {failure.workload}: {failure.message}", err=True)
-        tuned = sum(len(part["workloads"]) for part in self.keys)
-        left = sum(map(len, self.plan.values())) - tuned - len(self.failed)
-        if left:
-            click.echo(f"the budget ended before {left} workloads: give a larger --budget for them", err=True)
-
-    def _seeing(self, kernel: str, show: "Callable[[Event], None]") -> "Callable[[Event], None]":
-        from ..tuner.session import Failed
-
-        def see(event: "Event") -> None:
-            if isinstance(event, Failed):
-                self.failed.append((kernel, event))
-            show(event)
-
-        return see
+    with ProgressView() as view:
+        for key, workloads in plan.items():
+            share = None if ends is None else (ends - time.monotonic()) * len(workloads) / to_come
+            to_come -= len(workloads)
+            results = tune(
+                template(key.kernel), key, workloads, runner, store, trials=trials, seed=seed, budget_s=share, on_event=on_event
+            )
+            keys.append({"key": asdict(key), "workloads": results})
+    return keys, failed
 
 
 def _device(devices: str | None) -> int | None:

@@ -7,8 +7,7 @@ from .. import gpus
 from ..cachedb import landscape
 from ..cachedb.landscape import Landscape
 from ..errors import PatuneError, UsageError
-
-AUTO = "auto"
+from .options import AUTO
 
 
 def choose(name: str, device: int | None, replay: str | None) -> tuple[Landscape | None, str]:
@@ -17,8 +16,6 @@ def choose(name: str, device: int | None, replay: str | None) -> tuple[Landscape
     `name` is a short name or "auto"; `device` the index of the GPU to use; `replay` a landscape file, "" for the one that
     ships with patune, None to replay only where no GPU is visible.
     """
-    if name != AUTO:
-        gpus.gpu(name)
     if replay is not None and device is not None:
         raise UsageError("--devices: a replay runs on no device, leave out one of --devices and --replay")
     here = _visible_gpu(device) if replay is None or name == AUTO else None
@@ -66,6 +63,8 @@ def _use_only(device: int) -> None:
 def _landscape(gpu: str, replay: str | None) -> Landscape:
     path = Path(replay) if replay else landscape.shipped(gpu)
     if path is None:
-        there = ", ".join(path.name.removesuffix(landscape.SUFFIX) for path in shipped_landscapes()) or "no GPU"
-        raise PatuneError(f"no landscape of {gpu} ships with patune, only of {there}: run this on a {gpu}, or give --replay FILE")
+        there = ", ".join(path.name.removesuffix(landscape.SUFFIX) for path in shipped_landscapes()) or "none"
+        raise PatuneError(
+            f"no landscape of {gpu} ships with patune (there is: {there}): run this on that GPU, or give --replay FILE"
+        )
     return landscape.load(path)

@@ -40,8 +40,8 @@ def paged_decode(
 
     q: [batch * q_len_per_seq, q_heads, head_dim], bf16, fp16 or fp32, any strides; head_dim at most 256.
     kv_cache: one tensor [pages, 2, kv_heads, page_size, head_dim] (HND) or [pages, 2, page_size, kv_heads, head_dim]
-        (NHD), or a (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of kv_heads,
-        page_size 1 to 256.
+        (NHD), or a (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of
+        kv_heads, page_size 1 to 256.
     kv_indices: [pages in use] int32, page ids. kv_indptr: [batch+1] int32, in pages. kv_last_page_len: [batch] int32.
     sm_scale: 1/sqrt(head_dim) if None. Query i of a sequence sees keys up to kv_len - q_len_per_seq + i.
     sliding_window: keep the last W keys, the query's own included. logits_soft_cap: c * tanh(logits / c).
@@ -59,8 +59,8 @@ def paged_decode(
     first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
     checks.check_heads(q, cache)
     require(q_len_per_seq >= 1, "q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
-    batch_size = kv_indptr.shape[0] - 1
     checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
+    batch_size = kv_indptr.shape[0] - 1
     checks.check_indices(q.device, batch_size, kv_last_page_len=kv_last_page_len)
     require(
         q.shape[0] == batch_size * q_len_per_seq,
@@ -272,4 +272,6 @@ def _values(template: Template, config: Values | None) -> list[int] | None:
         not unknown, "config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}"
     )
     require(not missing, "config", f"lacks {', '.join(sorted(missing))}")
+    wrong = [name for name in template.tunables if config[name] < 1]
+    require(not wrong, "config", f"{', '.join(wrong)} must be at least 1")
     return [int(config[name]) for name in template.tunables]

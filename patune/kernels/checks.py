@@ -77,9 +77,8 @@ def check_cache(
 
 
 def check_heads(q: torch.Tensor, cache: PagedCache) -> None:
-    require(
-        q.shape[1] % cache.kv_heads == 0, "q", f"{q.shape[1]} query heads are no multiple of the cache's {cache.kv_heads} KV heads"
-    )
+    whole = cache.kv_heads > 0 and q.shape[1] > 0 and q.shape[1] % cache.kv_heads == 0
+    require(whole, "q", f"{q.shape[1]} query heads are no multiple of the cache's {cache.kv_heads} KV heads")
 
 
 def check_indices(device: torch.device, batch_size: int | None = None, **tensors: torch.Tensor | None) -> None:

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Never
+from typing import Any, Literal, Never
 
 from ..cachedb.trial import Environment, Trial
 from ..errors import WorkerError
@@ -21,7 +21,7 @@ RUN_TIMEOUT_S = 20.0  # between two reports of the worker: one config's check, o
 class GpuRunner:
     """A Runner on the current GPU, or on the CPU under TRITON_INTERPRET=1, where nothing is compiled."""
 
-    mode = "measured"
+    mode: Literal["measured", "replay"] = "measured"
 
     def __init__(self, timeout_s: float = RUN_TIMEOUT_S):
         refuse_capture()

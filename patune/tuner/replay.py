@@ -1,6 +1,7 @@
 """A recorded landscape in the place of a GPU: the same search and the same decisions, on times measured before."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from ..cachedb.landscape import Landscape
 from ..cachedb.trial import Trial
@@ -14,7 +15,7 @@ from .space import Point, point_of
 class ReplayRunner:
     """Answers with recorded trials and never makes one up."""
 
-    mode = "replay"
+    mode: Literal["measured", "replay"] = "replay"
 
     def __init__(self, landscape: Landscape):
         self.landscape = landscape

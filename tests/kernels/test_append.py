@@ -25,7 +25,7 @@ def test_new_tokens_land_on_their_pages_and_nothing_else_changes(lengths, page_s
     pages = [-(-n // page_size) for n in kv_lens]
     tokens, heads = sum(q_lens) + padding, 3
     order = torch.randperm(sum(pages) + 2, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
-    shape = (len(order), 2, heads, page_size, head_dim) if layout == "HND" else (len(order), 2, page_size, heads, head_dim)
+    shape = (len(order), 2, *((heads, page_size) if layout == "HND" else (page_size, heads)), head_dim)
     kv = torch.full(shape, 7.0, device=DEVICE)
     k, v = torch.randn(2, tokens, heads, head_dim, device=DEVICE)
     want = kv.clone()

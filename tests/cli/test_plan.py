@@ -1,0 +1,37 @@
+from patune.cli.plan import KERNELS, Request, Sizes, shape_of
+from patune.models import Shape
+from patune.tuner.workloads import TARGETS, standard_workloads
+from patune.workload import Workload
+
+from .recording import H100
+
+
+def plan(kernels=KERNELS, shape=None, sizes=None):
+    return Request(kernels, shape, sizes, "bfloat16").measured(H100)
+
+
+def test_shapes_that_differ_in_kv_heads_alone_share_a_key_and_have_the_workloads_of_both():
+    (shared,) = [workloads for key, workloads in plan(("decode",)).items() if (key.head_dim, key.q_heads_per_kv) == (128, 8)]
+    assert set(shared) == {*standard_workloads("decode", 8), *standard_workloads("decode", 1)}
+    assert len(set(shared)) == len(shared)
+
+
+def test_every_standard_target_is_planned():
+    wanted = {(kernel, s.head_dim, s.page_size, 1 if kernel == "append" else s.q_heads // s.kv_heads) for kernel, s in TARGETS}
+    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted
+    assert {(k.gpu, k.sm_count, k.q_dtype, k.kv_dtype) for k in plan()} == {(H100.gpu, 132, "bfloat16", "bfloat16")}
+
+
+def test_one_workload_means_the_usual_number_of_new_tokens_for_each_kernel():
+    workloads = plan(shape=Shape(32, 8, 128), sizes=Sizes(4, 512, None, True))
+    assert {key.kernel: w for key, (w,) in workloads.items()} == {
+        "decode": Workload(4, 512, 1, 8, True),
+        "prefill": Workload(4, 512, 512, 8, True),
+        "append": Workload(4, 512, 1, 8, True),
+    }
+
+
+def test_a_model_has_its_shape_but_for_the_page_size_that_is_given():
+    assert shape_of("gpt-oss-20b", page_size=None) == Shape(64, 8, 64, 16)
+    assert shape_of("gpt-oss-20b", page_size=64) == Shape(64, 8, 64, 64)
+    assert shape_of(None, head_dim=80, q_heads=14, kv_heads=2, page_size=None) == Shape(14, 2, 80, 16)

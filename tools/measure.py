@@ -1,0 +1,76 @@
+"""Measure a commit on a GPU host: tests, a race against peers, and the main job twice. Everything lands in one folder.
+
+    python tools/measure.py OUT --commit HASH [--referee REFEREE.py --peers DIR] [--skip tests,referee,run]
+
+OUT/provenance.json says what was measured on what; the other files are the tools' own output. A step that fails or runs
+out of time is named in the provenance, and the others still run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from patune.kernels.registry import NAMES, template
+from patune.tuner.timing import clock
+from patune.tuner.worker import environment_of
+
+ROOT = Path(__file__).parent.parent
+MODEL = "llama-3.1-8b"
+
+
+def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str, int]]:
+    """Step -> (command, the file that takes its stdout, seconds it may take)."""
+    run = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--db", str(out / "run.db"), "--json"]
+    race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
+    tests = [sys.executable, "-m", "pytest", "tests/gpu", "tests/kernels", "-q", "-n", str(args.workers), "--dist", "worksteal"]
+    return {
+        "tests": ([*tests, "-rs", "--durations=5", "-p", "no:cacheprovider"], "tests.txt", 180),
+        "referee-decode": ([*race, "decode", "--out", str(out / "referee-decode.json")], "referee-decode.txt", 260),
+        "referee-prefill": ([*race, "prefill", "--out", str(out / "referee-prefill.json")], "referee-prefill.txt", 200),
+        "run": (run, "run.json", 120),
+        "run-again": (run, "run-again.json", 60),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--commit", required=True, help="the commit that is measured")
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--referee", type=Path, help="the referee's script")
+    parser.add_argument("--peers", type=Path)
+    parser.add_argument("--workers", type=int, default=14, help="of the tests")
+    parser.add_argument("--skip", default="", help="comma-separated beginnings of step names")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    environment = environment_of(clock())
+    provenance: dict = {
+        "gpu": environment.gpu, "sm_count": environment.sm_count, "driver": environment.driver, "triton": environment.triton,
+        "torch": environment.torch, "commit": args.commit, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source_hash": {name: template(name).source_hash for name in NAMES}, "steps": {},
+    }  # fmt: skip
+    skipped = [name for name in args.skip.split(",") if name] + ([] if args.referee else ["referee"])
+    for name, (command, stdout, limit_s) in steps(args.out, args).items():
+        if not any(name.startswith(prefix) for prefix in skipped):
+            provenance["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
+            print(f"{name}: {outcome}", flush=True)
+            (args.out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+def _run(command: list[str], stdout: Path, limit_s: int) -> dict:
+    started = time.monotonic()
+    with stdout.open("w") as file:
+        try:
+            status: int | str = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT if stdout.suffix == ".txt" else None,
+                                               timeout=limit_s, cwd=ROOT, check=False).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit_s} s"
+    return {"exit_status": status, "seconds": round(time.monotonic() - started, 1)}
+
+
+if __name__ == "__main__":
+    main()
