@@ -50,9 +50,9 @@ def paged_decode(
     max_kv_len: the longest sequence as far as the host knows; helps the choice of a config, never the result.
     config: tunables to use instead of the table's. out: where to write, like q.
 
-    Returns out like q, and with return_lse a tuple of it and the fp32 [tokens, q_heads] natural log of the sum of exp of the scaled logits. A
-    sequence of length 0 gives zeros and lse -inf. No host sync; runs under CUDA-graph capture, where one graph is right for
-    any lengths that fit its tensors. Raises ValueError or NotImplementedError that names the argument.
+    Returns out like q; with return_lse a tuple of it and lse, fp32 [tokens, q_heads], the natural log of the sum of exp of
+    the scaled logits. A sequence of length 0 gives zeros and lse -inf. No host sync; runs under CUDA-graph capture, where
+    one graph is right for any lengths that fit its tensors. Raises ValueError or NotImplementedError that names the argument.
     """
     checks.check_device(q)
     checks.check_rows(q, "q")

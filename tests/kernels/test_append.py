@@ -43,8 +43,10 @@ def test_new_tokens_land_on_their_pages_and_nothing_else_changes(lengths, page_s
     assert (batch_indices[sum(q_lens) :] == -1).all()
     cache = (kv[:, 0], kv[:, 1]) if pair else kv
     page_table = (order[: sum(pages)].to(torch.int32), kv_indptr, last)
-    patune.append_paged_kv_cache(k, v, batch_indices, positions, cache, *page_table,
-                                 kv_layout=layout, k_scale=scale, v_scale=scale, config=dict(BLOCK_T=block, num_warps=2))  # fmt: skip
+    patune.append_paged_kv_cache(
+        k, v, batch_indices, positions, cache, *page_table, kv_layout=layout, k_scale=scale, v_scale=scale,
+        config=dict(BLOCK_T=block, num_warps=2),
+    )  # fmt: skip
     torch.testing.assert_close(kv, want, rtol=1e-6, atol=1e-6)
 
 

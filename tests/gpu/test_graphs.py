@@ -1,0 +1,163 @@
+"""CUDA graphs and streams: a captured call is right for whatever its tensors hold when it is replayed."""
+
+import pytest
+import torch
+from paged import assert_close
+from real import Buffers, Real
+
+import patune
+from patune.errors import PatuneError
+
+LENGTHS = [(4000, 100), (1, 1), (0, 4096), (4096, 0), (0, 0), (17, 3999)]
+LONGEST = 4096
+
+
+def capture(call) -> torch.cuda.CUDAGraph:
+    """A graph of a call that has run once before, so that nothing is compiled inside."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def refill(b: Buffers, kv_lens, q_lens=None) -> None:
+    """Other lengths, in the same tensors, over the same pages."""
+    page_size = b.case.page_size
+    pages = [-(-n // page_size) for n in kv_lens]
+    b.kv_indptr.copy_(torch.tensor([sum(pages[:i]) for i in range(len(pages) + 1)]))
+    b.kv_last_page_len.copy_(torch.tensor([n - (p - 1) * page_size if p else 0 for n, p in zip(kv_lens, pages, strict=True)]))
+    b.seq_lens.copy_(torch.tensor(kv_lens))
+    if q_lens is not None:
+        b.qo_indptr.copy_(torch.tensor([sum(q_lens[:i]) for i in range(len(q_lens) + 1)]))
+
+
+def full(q_len: int, **kw) -> Buffers:
+    """Two sequences at the bounds, without a NaN in the pool: other lengths will make other tokens visible."""
+    b = Buffers(Real((LONGEST, LONGEST), q_len, **kw))
+    b.kv_cache.nan_to_num_(0.5)
+    return b
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 8])
+@pytest.mark.parametrize("window", [None, 300])
+def test_one_captured_decode_is_right_for_any_lengths_up_to_its_bounds(num_splits, window):
+    """The shares of a split are cut on the device, so a replay balances the lengths it finds."""
+    b = full(1)
+    config = None if num_splits is None else dict(patune.get_best_config("decode", head_dim=128, page_size=16, q_heads_per_kv=4))
+    config = config and config | {"num_splits": num_splits}
+    out, lse = b.poisoned(), torch.empty(2, 32, device="cuda")
+    torch_out = lambda: patune.paged_decode(
+        b.q, b.kv_cache, *b.table, sliding_window=window, out=out, return_lse=True, config=config
+    )  # noqa: E731
+    got = []
+    graph = capture(lambda: got.append(torch_out()))
+    lse = got[-1][1]
+    for lengths in LENGTHS:
+        refill(b, lengths)
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        want, want_lse = patune.reference_paged_attention(
+            b.q, b.kv_cache, b.qo_indptr, *b.table, sliding_window=window, return_lse=True
+        )
+        assert_close(out, want, 1e-2)
+        torch.testing.assert_close(lse, want_lse, rtol=1e-2, atol=5e-2)
+
+
+def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds():
+    """Also for fewer new tokens than were captured; rows past the last sequence are not written."""
+    b = full(500)
+    out = b.poisoned()
+    graph = capture(lambda: patune.paged_prefill(b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1000, out=out))
+    for kv_lens, q_lens in [((4000, 500), (400, 500)), ((1000, 3000), (1000, 0)), ((1, 2), (1, 1)), ((4096, 77), (7, 77))]:
+        refill(b, kv_lens, q_lens)
+        out.fill_(float("nan"))
+        graph.replay()
+        used = sum(q_lens)
+        assert_close(out[:used], patune.reference_paged_attention(b.q, b.kv_cache, b.qo_indptr, *b.table)[:used], 1e-2)
+        assert out[used:].isnan().all()
+
+
+def test_one_captured_mixed_step_is_right_for_any_lengths_up_to_its_bounds():
+    """Positions, append, prefill and decode in one graph: each replay writes its own tokens and attends to them."""
+    b = Buffers(Real((LONGEST, LONGEST, 500), (200, 1, 1)))
+    b.kv_cache.nan_to_num_(0.5)
+    q = torch.cat([b.q, b.q[:6]])
+    k, v = torch.randn(2, len(q), 8, 128, device="cuda", dtype=torch.bfloat16)
+    options = dict(num_prefill=1, num_decode=2, max_q_len=200, num_prefill_tokens=200)
+    outputs = []
+    graph = capture(
+        lambda: outputs.append(patune.paged_attention_with_cache(q, k, v, b.kv_cache, b.qo_indptr, *b.table, **options))
+    )
+    for kv_lens in [(4000, 4096, 1), (200, 17, 499), (4096, 0, 33)]:
+        refill(b, kv_lens)
+        k.normal_()
+        v.normal_()
+        outputs[-1].fill_(float("nan"))
+        graph.replay()
+        want = patune.reference_paged_attention(q[:202], b.kv_cache, b.qo_indptr, *b.table)
+        assert_close(outputs[-1][:202], want, 1e-2)
+        assert outputs[-1][202:].eq(0).all()
+        last_page = b.kv_indices[b.kv_indptr[1] - 1].long()
+        assert torch.equal(b.kv_cache[last_page, 0, :, int(b.kv_last_page_len[0]) - 1], k[199])
+
+
+def test_a_captured_append_writes_where_its_tensors_say():
+    """Positions are computed inside the graph, from the lengths of the replay."""
+    b = Buffers(Real((100, 100), 1))
+    b.kv_cache.zero_()
+    k = torch.ones(2, 8, 128, device="cuda", dtype=torch.bfloat16)
+
+    def call():
+        indices, positions = patune.get_batch_indices_positions(b.qo_indptr, b.seq_lens, 2)
+        patune.append_paged_kv_cache(k, k, indices, positions, b.kv_cache, *b.table)
+
+    graph = capture(call)
+    b.kv_cache.zero_()
+    for n in (1, 16, 17, 100):
+        b.seq_lens.copy_(torch.tensor([n, n]))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert b.kv_cache.count_nonzero() == 4 * 2 * 2 * 8 * 128
+
+
+def test_a_tuning_run_inside_a_capture_is_refused():
+    """It would become part of the graph, or break it."""
+    from patune.tuner.timing import refuse_capture
+
+    x = torch.zeros(1, device="cuda")
+    refuse_capture()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x += 1
+        with pytest.raises(PatuneError, match="inside a CUDA graph capture: tune before"):
+            refuse_capture()
+
+
+def test_calls_run_on_the_current_stream():
+    """While the default stream is busy, a call on another stream finishes: nothing was launched on the default one."""
+    b = Buffers(Real((4000, 3000), 1))
+    k = torch.ones(2, 8, 128, device="cuda", dtype=torch.bfloat16)
+    want = b.reference()[0].cpu()
+    side = torch.cuda.Stream()
+
+    def call():
+        indices, positions = patune.get_batch_indices_positions(b.qo_indptr, b.seq_lens + 10**6, 2)  # past the page list: no write
+        patune.append_paged_kv_cache(k, k, indices, positions, b.kv_cache, *b.table)
+        return patune.paged_decode(b.q, b.kv_cache, *b.table), patune.paged_prefill(
+            b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1
+        )
+
+    with torch.cuda.stream(side):
+        call()  # compiles, and gives this stream its memory: cudaMalloc waits for the whole device
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    with torch.cuda.stream(side):
+        results = call()
+        side.synchronize()
+    assert not busy.query(), "the call waited for the default stream"
+    for got in results:
+        assert_close(got.cpu(), want, 1e-2)
