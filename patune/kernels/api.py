@@ -6,7 +6,7 @@ import torch
 
 from . import checks
 from .append import TEMPLATE as APPEND
-from .checks import require
+from .checks import bad
 from .decode import TEMPLATE as DECODE
 from .ops import _library  # noqa: F401  registers torch.ops.patune
 from .prefill import TEMPLATE as PREFILL
@@ -58,15 +58,15 @@ def paged_decode(
     checks.check_rows(q, "q")
     first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
     checks.check_heads(q, cache)
-    require(q_len_per_seq >= 1, "q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
+    if q_len_per_seq < 1:
+        raise bad("q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
     checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
     batch_size = kv_indptr.shape[0] - 1
     checks.check_indices(q.device, batch_size, kv_last_page_len=kv_last_page_len)
-    require(
-        q.shape[0] == batch_size * q_len_per_seq,
-        "q",
-        f"expected {batch_size * q_len_per_seq} tokens for {batch_size} sequences of {q_len_per_seq}, got {q.shape[0]}",
-    )
+    if q.shape[0] != batch_size * q_len_per_seq:
+        raise bad(
+            "q", f"expected {batch_size * q_len_per_seq} tokens for {batch_size} sequences of {q_len_per_seq}, got {q.shape[0]}"
+        )
     checks.check_options(q, sliding_window, logits_soft_cap, sinks)
     checks.check_out(out, q)
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
@@ -114,7 +114,8 @@ def paged_prefill(
     checks.check_rows(q, "q")
     first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
     checks.check_heads(q, cache)
-    require(max_q_len >= 0, "max_q_len", f"expected at least 0, got {max_q_len}")
+    if max_q_len < 0:
+        raise bad("max_q_len", f"expected at least 0, got {max_q_len}")
     if sliding_window is not None and not causal:
         raise NotImplementedError("sliding_window: needs causal=True; a window around non-causal rows is not supported")
     checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
@@ -123,7 +124,7 @@ def paged_prefill(
     checks.check_out(out, q)
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
     v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
-    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
     scale = checks.check_scale(q, sm_scale) * k_factor
@@ -160,13 +161,14 @@ def append_paged_kv_cache(
     first, second, cache = checks.check_cache(k, kv_cache, kv_layout, "k")
     checks.check_rows(k, "k", cache.kv_heads)
     checks.check_rows(v, "v", cache.kv_heads, cache.head_dim)
-    require(v.shape == k.shape and v.dtype == k.dtype and v.device == k.device, "v", f"expected {k.dtype} {tuple(k.shape)} like k")
+    if not (v.shape == k.shape and v.dtype == k.dtype and v.device == k.device):
+        raise bad("v", f"expected {k.dtype} {tuple(k.shape)} like k")
     checks.check_indices(k.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
     checks.check_indices(k.device, kv_indptr.shape[0] - 1, kv_last_page_len=kv_last_page_len)
     checks.check_indices(k.device, k.shape[0], batch_indices=batch_indices, positions=positions)
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", k.device)
     v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", k.device)
-    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len)
+    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, batch_indices=batch_indices, positions=positions)
     torch.ops.patune.append_paged_kv_cache(
         k, v, batch_indices, positions, first, second, kv_indices, kv_indptr, kv_layout, k_tensor, v_tensor, k_factor, v_factor,
         _values(APPEND, config),
@@ -215,26 +217,33 @@ def paged_attention_with_cache(
     for name, x in (("k", k), ("v", v)):
         checks.check_rows(x, name, cache.kv_heads, cache.head_dim)
         good = x.shape[0] == q.shape[0] and x.dtype == q.dtype and x.device == q.device
-        require(good, name, f"expected {q.shape[0]} tokens of {q.dtype} on {q.device} like q, got {tuple(x.shape)} {x.dtype}")
-    require(num_prefill >= 0, "num_prefill", f"expected at least 0, got {num_prefill}")
-    require(num_decode >= 0, "num_decode", f"expected at least 0, got {num_decode}")
+        if not good:
+            raise bad(name, f"expected {q.shape[0]} tokens of {q.dtype} on {q.device} like q, got {tuple(x.shape)} {x.dtype}")
+    if num_prefill < 0:
+        raise bad("num_prefill", f"expected at least 0, got {num_prefill}")
+    if num_decode < 0:
+        raise bad("num_decode", f"expected at least 0, got {num_decode}")
     if num_prefill_tokens is None:
         num_prefill_tokens = q.shape[0] - num_decode if num_prefill else 0
-    require(
-        0 <= num_prefill_tokens <= q.shape[0] - num_decode,
-        "num_prefill_tokens",
-        f"{num_prefill_tokens} prefill rows and {num_decode} decode rows do not fit q's {q.shape[0]} tokens",
-    )
+    if not (0 <= num_prefill_tokens <= q.shape[0] - num_decode):
+        raise bad(
+            "num_prefill_tokens",
+            f"{num_prefill_tokens} prefill rows and {num_decode} decode rows do not fit q's {q.shape[0]} tokens",
+        )
     checks.check_indices(q.device, kv_indices=kv_indices)
     checks.check_indices(
         q.device, num_prefill + num_decode, qo_indptr=qo_indptr, kv_indptr=kv_indptr, kv_last_page_len=kv_last_page_len
     )
-    require((batch_indices is None) == (positions is None), "positions", "give both batch_indices and positions, or neither")
+    if (batch_indices is None) != (positions is None):
+        raise bad("positions", "give both batch_indices and positions, or neither")
     checks.check_indices(q.device, q.shape[0], batch_indices=batch_indices, positions=positions)
     checks.check_options(q, sliding_window, logits_soft_cap, sinks)
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
     v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
-    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0])
+    checks.check_values(
+        cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len,
+        (num_prefill, num_prefill_tokens), batch_indices, positions,
+    )  # fmt: skip
     scale = checks.check_scale(q, sm_scale)
     return torch.ops.patune.paged_attention_with_cache(
         q, k, v, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, scale, kv_layout,
@@ -252,9 +261,11 @@ def merge_states(
     -inf saw no key and counts for nothing; both -inf give zeros and -inf. (o_a e^lse_a + o_b e^lse_b) / (e^lse_a + e^lse_b),
     Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
-    require(o_a.shape == o_b.shape, "o_b", f"expected {tuple(o_a.shape)} like o_a, got {tuple(o_b.shape)}")
+    if o_a.shape != o_b.shape:
+        raise bad("o_b", f"expected {tuple(o_a.shape)} like o_a, got {tuple(o_b.shape)}")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        require(lse.shape == o_a.shape[:2], name, f"expected {tuple(o_a.shape[:2])}, got {tuple(lse.shape)}")
+        if lse.shape != o_a.shape[:2]:
+            raise bad(name, f"expected {tuple(o_a.shape[:2])}, got {tuple(lse.shape)}")
     lse = torch.logaddexp(lse_a.float(), lse_b.float())
     shift = lse.masked_fill(lse == float("-inf"), 0.0)
     weight_a, weight_b = torch.exp(lse_a - shift)[..., None], torch.exp(lse_b - shift)[..., None]
@@ -268,10 +279,11 @@ def _values(template: Template, config: Values | None) -> list[int] | None:
     if config is None:
         return None
     unknown, missing = set(config) - set(template.tunables), set(template.tunables) - set(config)
-    require(
-        not unknown, "config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}"
-    )
-    require(not missing, "config", f"lacks {', '.join(sorted(missing))}")
+    if unknown:
+        raise bad("config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}")
+    if missing:
+        raise bad("config", f"lacks {', '.join(sorted(missing))}")
     wrong = [name for name in template.tunables if config[name] < 1]
-    require(not wrong, "config", f"{', '.join(wrong)} must be at least 1")
+    if wrong:
+        raise bad("config", f"{', '.join(wrong)} must be at least 1")
     return [int(config[name]) for name in template.tunables]
