@@ -2,15 +2,21 @@
 
     python tools/ship_table.py patune/tables/h100.db tuned.db [more.db ...]
 
-Later databases win where two hold the same workload. Only measured configs ship.
+Later databases win where two hold the same workload. Only measured configs ship, and only those that this machine's
+Triton compiles without spills as well: a table serves more versions than the one it was measured with. Where the winner
+does not, the next fastest trial that does takes its place.
 """
 
 import sqlite3
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from patune.cachedb.store import Store
+from patune.cachedb.trial import Trial
+from patune.tuner.compile import CompilePool
+from patune.workload import Key, Workload
 
 
 def ship(out: Path, sources: list[Path]) -> int:
@@ -21,23 +27,42 @@ def ship(out: Path, sources: list[Path]) -> int:
                 with Store.open(source) as store:
                     _copy_winners(store, table)
             count = len(table.entries())
-        connection = sqlite3.connect(draft)  # a WAL file cannot be opened from a read-only folder
-        connection.execute("PRAGMA journal_mode = delete")
-        connection.execute("VACUUM")
-        connection.close()
+        with closing(sqlite3.connect(draft)) as connection:  # a WAL file cannot be opened from a read-only folder
+            connection.execute("PRAGMA journal_mode = delete")
+            connection.execute("VACUUM")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(draft.read_bytes())
     return count
 
 
 def _copy_winners(store: Store, table: Store) -> None:
+    pools: dict[str, CompilePool] = {}
     for key, workload, environment in store.tried():
         entry = store.incumbent(key, workload)
         if entry is None or entry["mode"] != "measured":
             continue
-        same = [t for t in store.trials(key, workload, mode="measured") if t.config == entry["config"] and t.us == entry["us"]]
-        (trial_id,) = table.add_trials(key, workload, environment, same[-1:], "measured")
+        if environment.capability not in pools:
+            pools[environment.capability] = CompilePool(environment.capability)
+        trial = _fastest_that_compiles(store, key, workload, entry, pools[environment.capability])
+        (trial_id,) = table.add_trials(key, workload, environment, [trial], "measured")
         table.set_config(key, workload, trial_id, entry["default_us"], entry["evaluations"], "measured")
+    for pool in pools.values():
+        pool.close()
+
+
+def _fastest_that_compiles(store: Store, key: Key, workload: Workload, entry: dict, pool: CompilePool) -> Trial:
+    right = [trial for trial in store.trials(key, workload, mode="measured") if trial.status == "ok"]
+    by_time = sorted(right, key=lambda trial: trial.us)
+    winner = next(trial for trial in reversed(right) if trial.config == entry["config"] and trial.us == entry["us"])
+    for trial in [winner, *by_time]:
+        pool.submit(key, workload, [trial.config])
+        if pool.build(key, workload, trial.config).status == "ok":
+            if trial is not winner:
+                print(
+                    f"{key.kernel} {workload}: {winner.config} ({winner.us:.2f} us) spills here, ships {trial.config} ({trial.us:.2f} us)"
+                )
+            return trial
+    raise SystemExit(f"{key.kernel} {workload}: no config compiles without spills here")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .problem import AppendProblem
+from .sizes import ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -74,7 +75,7 @@ def launches(
     """The launch of one append. k and v [tokens, kv_heads, head_dim]; `cache` a PagedCache."""
     tokens, kv_heads, head_dim = k.shape
     limit = torch.finfo(cache.k.dtype).max if cache.k.dtype.itemsize == 1 else 0
-    return [Launch(append_kv, (kv_heads, triton.cdiv(tokens, config["BLOCK_T"])), dict(
+    return [Launch(append_kv, (kv_heads, ceil_div(tokens, config["BLOCK_T"])), dict(
         k_ptr=k, v_ptr=v, batch_indices_ptr=batch_indices, positions_ptr=positions, k_cache_ptr=cache.k, v_cache_ptr=cache.v,
         kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
         k_scale=k_factor, v_scale=v_factor, num_tokens=tokens,
@@ -83,13 +84,13 @@ def launches(
         stride_kcp=cache.k_strides[0], stride_kch=cache.k_strides[1], stride_kct=cache.k_strides[2],
         stride_vcp=cache.v_strides[0], stride_vch=cache.v_strides[1], stride_vct=cache.v_strides[2],
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, LIMIT=limit,
-        BLOCK_T=config["BLOCK_T"], BLOCK_D=triton.next_power_of_2(head_dim), num_warps=config["num_warps"],
+        BLOCK_T=config["BLOCK_T"], BLOCK_D=next_power_of_2(head_dim), num_warps=config["num_warps"],
     ))]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: less than 8 bytes of K a thread, or more registers than a thread has."""
-    elements = config["BLOCK_T"] * triton.next_power_of_2(key.head_dim) // (32 * config["num_warps"])
+    elements = config["BLOCK_T"] * next_power_of_2(key.head_dim) // (32 * config["num_warps"])
     if elements < 4 and config["num_warps"] > 1:
         return "less than 8 bytes a thread"
     if elements > 64:

@@ -219,5 +219,6 @@ def check_values(
         for t, (b, position) in enumerate(zip(batch_indices.tolist(), positions.tolist())):
             if b >= len(capacity):
                 raise bad("batch_indices", f"holds sequence {b} but the batch has {len(capacity)}")
-            if b >= 0 and not 0 <= position < capacity[b]:
+            unused = position == -1 and b >= 0 and capacity[b] == 0  # a decode slot of length 0
+            if b >= 0 and not unused and not 0 <= position < capacity[b]:
                 raise bad("positions", f"is {position} for token {t} but the pages of sequence {b} hold {capacity[b]} tokens")

@@ -17,6 +17,7 @@ from .defaults import SPLITS, default_config, query_of
 from .device import supports_pdl
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
+from .sizes import ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -276,8 +277,8 @@ def launches(
     batch_size, q_heads, head_dim = kv_indptr.shape[0] - 1, q.shape[1], q.shape[2]
     group, num_splits = q_heads // cache.kv_heads, config["num_splits"]
     rows = group * q_len
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_m = min(max(16, next_power_of_2(rows)), 64)
+    block_d = max(16, next_power_of_2(head_dim))
     # share_size() says why there are at most this many; one sequence has exactly num_splits
     shares = num_splits if batch_size == 1 else num_splits * batch_size + (batch_size - 1 if num_splits > 1 else 0)
     slots = shares * cache.kv_heads * rows if num_splits > 1 else 0  # empty, not None: None would compile another variant
@@ -292,7 +293,7 @@ def launches(
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, Q_LEN=q_len, HAS_WINDOW=window is not None, PDL=pdl,
         BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
     )  # fmt: skip
-    split = Launch(decode_split, (cache.kv_heads * triton.cdiv(rows, block_m), shares), dict(
+    split = Launch(decode_split, (cache.kv_heads * ceil_div(rows, block_m), shares), dict(
         shared, q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, kv_indices_ptr=kv_indices, k_scale_ptr=k_scale,
         sm_scale=sm_scale, soft_cap=soft_cap or 0.0, HAS_SOFT_CAP=soft_cap is not None, BLOCK_M=block_m,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
@@ -313,7 +314,7 @@ def launches(
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or another point does the same with less."""
     block_n, warps, stages, splits = (config[name] for name in TUNABLES)
-    row_bytes = max(16, triton.next_power_of_2(key.head_dim)) * (1 if "float8" in key.kv_dtype else 2)
+    row_bytes = max(16, next_power_of_2(key.head_dim)) * (1 if "float8" in key.kv_dtype else 2)
     if 2 * stages * block_n * row_bytes > 227 * 1024:  # an H100's; the compiled kernel tells it exactly
         return "tiles in flight exceed shared memory"
     if warps * 8 > block_n * 2:

@@ -13,6 +13,7 @@ from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
+from .sizes import ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -184,8 +185,8 @@ def launches(
     """The launch of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
-    blocks = min(tokens // block_m + batch_size, triton.cdiv(max_q_len, block_m) * batch_size)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    blocks = min(tokens // block_m + batch_size, ceil_div(max_q_len, block_m) * batch_size)
+    block_d = max(16, next_power_of_2(head_dim))
     return [Launch(prefill_attention, (q_heads, blocks), dict(
         q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
         kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
@@ -205,7 +206,7 @@ def launches(
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or its rows do not fill its warps."""
     block_m, block_n, warps, stages = (config[name] for name in TUNABLES)
-    row_bytes = max(16, triton.next_power_of_2(key.head_dim)) * 2
+    row_bytes = max(16, next_power_of_2(key.head_dim)) * 2
     if (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 + block_m * row_bytes:  # q may live in registers
         return "tiles in flight exceed shared memory"
     if block_m < 16 * warps:
