@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "patune"
-# What the modules of each part may import from patune: errors, workload, gpus and models are plain data for everyone.
-DATA = {"errors", "workload", "gpus", "models"}
+# What the modules of each part may import from patune: errors, workload and models are plain data for everyone.
+DATA = {"errors", "workload", "models"}
 ARROWS = {
     "__init__.py": {"kernels"},
     "__main__.py": {"cli"},
@@ -77,7 +77,10 @@ TUNING = {"optuna", "sqlite_utils", "rich", "click", "sqlalchemy"}
     [
         ("import patune; patune.__version__; dir(patune)", TUNING | {"torch", "triton", "numpy", "sqlite3"}),
         ("from patune.cachedb import lookup; lookup.table()", TUNING | {"torch", "triton", "numpy"}),
-        ("import patune; patune.get_best_config('decode', head_dim=128, page_size=16, sm_count=132)", TUNING | {"torch", "triton"}),
+        (
+            "import patune; patune.get_best_config('decode', head_dim=128, page_size=16, sm_count=132)",
+            TUNING | {"torch", "triton"},
+        ),
         ("import patune; patune.get_best_config('decode', head_dim=128, page_size=16)", TUNING | {"triton"}),
         ("import patune; patune.paged_decode; patune.paged_attention_with_cache; patune.merge_states", TUNING),
         ("import patune.kernels.registry as r; [r.template(name) for name in r.NAMES]", TUNING),

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 import pytest
 from compile_configs import compile_all
 
-from patune import gpus
+from patune.cli import gpus
 from patune.cachedb import landscape, lookup
 from patune.cachedb.file import SHIPPED_TABLES
 from patune.kernels.registry import template
@@ -76,9 +76,7 @@ def test_the_h100_landscape_spans_serving(kernel, head_dim, page_size, group):
     """A dozen workloads a key, from batch 1 to 256 and 1k to 128k tokens, uniform and ragged."""
     recorded = landscape.load(landscape.shipped("h100"))
     all_keys = recorded.keys()
-    (key,) = [
-        k for k in all_keys if (k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) == (kernel, head_dim, page_size, group)
-    ]
+    (key,) = [k for k in all_keys if (k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) == (kernel, head_dim, page_size, group)]
     workloads = recorded.workloads(key)
     assert len(workloads) >= 12
     assert {w.batch_size for w in workloads} >= {1, 256}

@@ -58,9 +58,8 @@ def _fastest_that_compiles(store: Store, key: Key, workload: Workload, entry: di
         pool.submit(key, workload, [trial.config])
         if pool.build(key, workload, trial.config).status == "ok":
             if trial is not winner:
-                print(
-                    f"{key.kernel} {workload}: {winner.config} ({winner.us:.2f} us) spills here, ships {trial.config} ({trial.us:.2f} us)"
-                )
+                print(f"{key.kernel} {workload}: {winner.config}, {winner.us:.2f} us, spills here;")
+                print(f"    ships {trial.config}, {trial.us:.2f} us")
             return trial
     raise SystemExit(f"{key.kernel} {workload}: no config compiles without spills here")
 

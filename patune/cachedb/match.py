@@ -26,6 +26,9 @@ PROVENANCE_FIELDS = ("gpu", "when", "triton", "torch", "driver", "source_hash", 
 EXACT_BATCH = 64  # batch sizes up to this are told apart
 RAGGED_PENALTY = 2.0  # a workload of the other raggedness is as far away as one of four times the size
 
+# Compute capability by a word of the device name: a config may fit one architecture's shared memory and not another's.
+ARCHITECTURES = {"a100": "8.0", "l40s": "8.9", "h100": "9.0", "h200": "9.0", "gh200": "9.0", "b200": "10.0"}
+
 _key = operator.itemgetter(*KEY_FIELDS)
 _workload = operator.itemgetter(*WORKLOAD_FIELDS)
 
@@ -79,7 +82,7 @@ class _Group:
         question = (
             query["device_name"],
             query["sm_count"],
-            query["capability"],
+            query["capability"] or _architecture(query["device_name"]),
             workload,
         )
         answer = self.answers.get(question)
@@ -101,6 +104,11 @@ def _coarse(size: float | None, known: set[float]) -> float | None:
     if size is None or size in known:
         return size
     return 2.0 ** ((math.floor(4 * math.log2(max(size, 1))) + 0.5) / 4)
+
+
+def _architecture(device_name: str | None) -> str | None:
+    words = (device_name or "").lower().replace("-", " ").split()
+    return next((ARCHITECTURES[word] for word in words if word in ARCHITECTURES), None)
 
 
 def _search(
@@ -152,5 +160,5 @@ def _octaves(a: float, b: float) -> float:
 
 
 def _tie_break(entry: Entry) -> tuple:
-    """An order among equally good entries that does not depend on the table's."""
-    return (*_workload(entry), entry["gpu"], entry["sm_count"])
+    """An order among equally good entries that does not depend on the table's: the whole model before a part of one."""
+    return (-entry["kv_heads"], *_workload(entry), entry["gpu"], entry["sm_count"])

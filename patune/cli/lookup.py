@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from .. import gpus
 from ..errors import UsageError
-from . import tables
+from . import gpus, tables
 from .options import AT_LEAST_1, AUTO, FLOATS, GPU_OR_AUTO, as_json, database
 from .plan import KERNELS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..gpus import GPUS
+from .gpus import GPUS
 
 AUTO = "auto"  # the GPU that is here
 AT_LEAST_1 = click.IntRange(min=1)

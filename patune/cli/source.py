@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from .. import gpus
 from ..cachedb import landscape
 from ..cachedb.landscape import Landscape
 from ..errors import PatuneError, UsageError
+from . import gpus
 from .options import AUTO
 
 

@@ -5,12 +5,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from .. import gpus
 from ..cachedb import lookup
 from ..cachedb.file import database_path
 from ..cachedb.match import Entry
 from ..errors import DatabaseError
 from ..workload import Key, Workload
+from . import gpus
 
 KEY_FIELDS = [field.name for field in fields(Key)]
 WORKLOAD_FIELDS = [field.name for field in fields(Workload)]

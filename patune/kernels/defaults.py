@@ -31,10 +31,11 @@ def fit_splits(programs: int, query: dict) -> int:
 
 
 def adapt(entry: dict, query: dict) -> dict:
-    """The config of a table entry for another workload: the programs stay as many, so the splits change."""
+    """The config of a table entry for another workload or GPU: an SM gets as many programs, so the splits change."""
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
         programs = config["num_splits"] * entry["batch_size"] * entry["kv_heads"]
+        programs = programs * (query["sm_count"] or entry["sm_count"]) // entry["sm_count"]
         config["num_splits"] = fit_splits(programs, query)
     return config
 

@@ -195,3 +195,19 @@ def test_batch_sizes_up_to_64_are_told_apart():
     for batch_size in random.Random(0).sample(range(1, EXACT_BATCH), 20):
         found, _ = find(entries, query(batch_size=batch_size))
         assert abs(found["batch_size"] - batch_size) <= 1
+
+
+def test_a_device_name_tells_its_architecture():
+    """A config of an H100 may not fit an A100's shared memory: a name alone is enough not to hand it out."""
+    assert find([entry(gpu=H100)], query(device_name=A100, sm_count=108, capability=None)) == (None, "default")
+    assert find([entry(gpu=H100)], query(device_name="NVIDIA H100 PCIe", sm_count=114, capability=None)) == (
+        entry(gpu=H100),
+        "transferred",
+    )
+
+
+def test_without_kv_heads_the_whole_model_is_meant():
+    """Llama-70b on one GPU and split over 8 share a key; who does not say how many KV heads are here runs it whole."""
+    entries = [entry(kv_heads=1), entry(kv_heads=8)]
+    for order in (entries, entries[::-1]):
+        assert find(order, query(kv_heads=None)) == (entries[1], "measured")

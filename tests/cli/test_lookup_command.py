@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import patune as package
-from patune import gpus
+from patune.cli import gpus
 
 from .recording import BEST, H100
 

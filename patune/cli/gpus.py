@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .errors import UsageError
+from ..cachedb.match import ARCHITECTURES
+from ..errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,18 +11,21 @@ class Gpu:
     alias: str
     name: str  # as the driver gives it for the SXM board
     sm_count: int
-    capability: str
+
+    @property
+    def capability(self) -> str:
+        return ARCHITECTURES[self.alias]
 
 
 GPUS = {
     gpu.alias: gpu
     for gpu in (
-        Gpu("a100", "NVIDIA A100-SXM4-80GB", 108, "8.0"),
-        Gpu("l40s", "NVIDIA L40S", 142, "8.9"),
-        Gpu("h100", "NVIDIA H100 80GB HBM3", 132, "9.0"),
-        Gpu("h200", "NVIDIA H200", 132, "9.0"),
-        Gpu("gh200", "NVIDIA GH200 480GB", 132, "9.0"),
-        Gpu("b200", "NVIDIA B200", 148, "10.0"),
+        Gpu("a100", "NVIDIA A100-SXM4-80GB", 108),
+        Gpu("l40s", "NVIDIA L40S", 142),
+        Gpu("h100", "NVIDIA H100 80GB HBM3", 132),
+        Gpu("h200", "NVIDIA H200", 132),
+        Gpu("gh200", "NVIDIA GH200 480GB", 132),
+        Gpu("b200", "NVIDIA B200", 148),
     )
 }
 

@@ -1,0 +1,33 @@
+"""The rule that stands in for a table, and how a neighbour's config is fitted."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patune.kernels.defaults import SPLITS, adapt, fit_splits
+
+
+def query(**changes):
+    sizes = dict(batch_size=8, kv_heads=8, kv_len=8192, sm_count=132, ragged=False)
+    return sizes | changes
+
+
+@given(st.integers(1, 5000), st.integers(1, 512), st.integers(1, 1 << 17), st.booleans())
+def test_splits_are_searched_values_that_leave_64_tokens_a_share(programs, batch_size, kv_len, ragged):
+    splits = fit_splits(programs, query(batch_size=batch_size, kv_len=kv_len, ragged=ragged))
+    assert splits in SPLITS
+    assert splits == 1 or splits * 64 <= kv_len
+    assert splits <= max(1, 3 if ragged else 1, programs // (batch_size * 8))
+
+
+@given(st.sampled_from((4, 8, 16, 32, 64)), st.sampled_from((1, 2, 4, 8)))
+def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
+    """Twice the batch takes half of the splits; every other tunable stays."""
+    entry = dict(config={"BLOCK_N": 64, "num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
+    config = adapt(entry, query(batch_size=batch_size * factor))
+    assert config["BLOCK_N"] == 64
+    assert config["num_splits"] == max(s for s in SPLITS if s <= max(1, 64 // (batch_size * factor)))
+
+
+def test_a_gpu_with_fewer_sms_gets_fewer_splits():
+    entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
+    assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
