@@ -1,4 +1,4 @@
-"""Memory checking for Triton's interpreter: every address that a kernel reads or writes must lie in one of its tensors."""
+"""Checked memory for Triton's interpreter: an address that a kernel touches must lie in one of its tensors."""
 
 import mmap
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 class Memory:
-    """The byte ranges of a launch's tensors, from the first element of each to its last; gaps between rows are not told apart."""
+    """The byte ranges of a launch's tensors, first element to last, gaps between rows included."""
 
     def __init__(self, launch: Launch):
         tensors = [x for x in launch.args.values() if isinstance(x, torch.Tensor) and x.numel()]

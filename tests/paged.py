@@ -111,8 +111,10 @@ def check_prefill(case: Case, device: str, causal: bool = True, **config) -> Non
     """paged_prefill equals the fp32 reference, output and lse, from a poisoned output."""
     batch = Batch(case, device)
     out = batch.nan_like_q()
-    got, lse = patune.paged_prefill(batch.q, batch.kv_cache, batch.qo_indptr, *batch.pages, max_q_len=max(case.q_lens), causal=causal,
-                                    out=out, return_lse=True, config=config or None, **batch.options)  # fmt: skip
+    got, lse = patune.paged_prefill(
+        batch.q, batch.kv_cache, batch.qo_indptr, *batch.pages, max_q_len=max(case.q_lens), causal=causal, out=out,
+        return_lse=True, config=config or None, **batch.options,
+    )  # fmt: skip
     want, want_lse = batch.reference(causal=causal)
     assert_close(got, want, limit(case))
     assert_lse_close(lse, want_lse, limit(case))

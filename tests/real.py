@@ -41,7 +41,7 @@ class Buffers:
         self.pages = [-(-n // case.page_size) for n in case.kv_lens]
         used = sum(self.pages)
         order = torch.randperm(used + spare_pages, generator=gen, device=device)
-        i32 = lambda values: torch.tensor(values, dtype=torch.int32, device=device)  # noqa: E731
+        i32 = lambda values: torch.tensor(values, dtype=torch.int32, device=device)
         self.kv_indices = order[:used].to(torch.int32)
         self.kv_indptr = i32([sum(self.pages[:i]) for i in range(len(self.pages) + 1)])
         last = [n - (p - 1) * case.page_size if p else 0 for n, p in zip(case.kv_lens, self.pages, strict=True)]

@@ -5,9 +5,9 @@ from dataclasses import asdict, fields
 import pytest
 from compile_configs import compile_all
 
-from patune.cli import gpus
 from patune.cachedb import landscape, lookup
 from patune.cachedb.file import SHIPPED_TABLES
+from patune.cli import gpus
 from patune.kernels.registry import template
 from patune.tuner.compile import SHARED_BYTES
 from patune.tuner.space import point_of, valid_points, variant

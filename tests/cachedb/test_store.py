@@ -88,7 +88,7 @@ def test_an_entry_is_the_trial_that_earned_it(path):
 
 def test_a_batch_of_trials_is_kept_whole_or_not_at_all(path):
     with Store.open(path) as store:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="invalid literal for int"):
             store.add_trials(
                 KEY,
                 WORKLOAD,

@@ -8,6 +8,8 @@ from real import Buffers, Real
 import patune
 from patune.errors import PatuneError
 
+pytestmark = pytest.mark.gpu
+
 LENGTHS = [(4000, 100), (1, 1), (0, 4096), (4096, 0), (0, 0), (17, 3999)]
 LONGEST = 4096
 
@@ -47,23 +49,17 @@ def test_one_captured_decode_is_right_for_any_lengths_up_to_its_bounds(num_split
     b = full(1)
     config = None if num_splits is None else dict(patune.get_best_config("decode", head_dim=128, page_size=16, q_heads_per_kv=4))
     config = config and config | {"num_splits": num_splits}
-    out, lse = b.poisoned(), torch.empty(2, 32, device="cuda")
-    torch_out = lambda: patune.paged_decode(
-        b.q, b.kv_cache, *b.table, sliding_window=window, out=out, return_lse=True, config=config
-    )  # noqa: E731
-    got = []
-    graph = capture(lambda: got.append(torch_out()))
-    lse = got[-1][1]
+    out, results = b.poisoned(), []
+    options = dict(sliding_window=window, return_lse=True)
+    graph = capture(lambda: results.append(patune.paged_decode(b.q, b.kv_cache, *b.table, out=out, config=config, **options)))
     for lengths in LENGTHS:
         refill(b, lengths)
         out.fill_(float("nan"))
-        lse.fill_(float("nan"))
+        results[-1][1].fill_(float("nan"))
         graph.replay()
-        want, want_lse = patune.reference_paged_attention(
-            b.q, b.kv_cache, b.qo_indptr, *b.table, sliding_window=window, return_lse=True
-        )
+        want, want_lse = patune.reference_paged_attention(b.q, b.kv_cache, b.qo_indptr, *b.table, **options)
         assert_close(out, want, 1e-2)
-        torch.testing.assert_close(lse, want_lse, rtol=1e-2, atol=5e-2)
+        torch.testing.assert_close(results[-1][1], want_lse, rtol=1e-2, atol=5e-2)
 
 
 def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds():
@@ -71,7 +67,12 @@ def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds():
     b = full(500)
     out = b.poisoned()
     graph = capture(lambda: patune.paged_prefill(b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1000, out=out))
-    for kv_lens, q_lens in [((4000, 500), (400, 500)), ((1000, 3000), (1000, 0)), ((1, 2), (1, 1)), ((4096, 77), (7, 77))]:
+    for kv_lens, q_lens in [
+        ((4000, 500), (400, 500)),
+        ((1000, 3000), (1000, 0)),
+        ((1, 2), (1, 1)),
+        ((4096, 77), (7, 77)),
+    ]:
         refill(b, kv_lens, q_lens)
         out.fill_(float("nan"))
         graph.replay()

@@ -8,6 +8,8 @@ from real import Buffers, Real
 import patune
 from patune.kernels import device
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(autouse=True)
 def two_gpus(gpu):
@@ -35,7 +37,10 @@ def test_each_device_has_its_own_facts():
     """The SM count and the name are the device's own."""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        assert device.device_of(torch.empty(1, device=f"cuda:{index}"))[:2] == (properties.name, properties.multi_processor_count)
+        assert device.device_of(torch.empty(1, device=f"cuda:{index}"))[:2] == (
+            properties.name,
+            properties.multi_processor_count,
+        )
 
 
 def test_one_graph_a_device():
@@ -46,7 +51,7 @@ def test_one_graph_a_device():
         patune.paged_decode(b.q, b.kv_cache, *b.table, out=out)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             patune.paged_decode(b.q, b.kv_cache, *b.table, out=out)
         out.fill_(float("nan"))
         graph.replay()

@@ -1,12 +1,6 @@
 """The default configs compile for GPUs that are not there, within shared memory and registers."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from compile_configs import compile_all
 
 from patune.tuner.compile import SHARED_BYTES
 
@@ -40,38 +34,21 @@ KEYS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def builds() -> dict[int, dict]:
-    """A build of each key; they share two compiling processes a capability, in a process where nothing is interpreted."""
+def test_the_default_config_compiles_for_its_gpu():
+    """Every key's fits a block's shared memory, and on Hopper, which the templates are written for, spills no register."""
     fields = ("kernel", "head_dim", "page_size", "q_heads_per_kv")
-    jobs = [(key[0], dict(zip(fields, key[1:5], strict=True)) | dict(gpu="", sm_count=132) | key[5]) for key in KEYS]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    program = Path(__file__).with_name("compile_defaults.py")
-    done = subprocess.run([sys.executable, program], input=json.dumps(jobs), env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return dict(enumerate(json.loads(done.stdout)))
-
-
-def ids(keys) -> list[str]:
-    return [" ".join(map(str, (*key[:5], *key[5].values()))) for key in keys]
-
-
-@pytest.mark.parametrize("i", range(len(KEYS)), ids=ids(KEYS))
-def test_the_default_config_compiles_and_fits_shared_memory(builds, i):
-    """No compile error, and a block's shared memory is within what its GPU has."""
-    build = builds[i]
-    assert build["status"] == "ok" or build["spill_bytes"], build["message"]
-    assert 0 < build["shared_bytes"] <= SHARED_BYTES[KEYS[i][0]] or KEYS[i][1] == "append"
-    assert 0 < build["registers"] <= 255  # 0 would mean that the disassembler was not there to ask
-
-
-TUNED_FOR = [i for i, key in enumerate(KEYS) if key[0] == "9.0" and key[5] is not FP32]  # fp32 is for tests
-
-
-@pytest.mark.parametrize("i", TUNED_FOR, ids=ids(KEYS[i] for i in TUNED_FOR))
-def test_the_default_config_spills_no_register_on_hopper(builds, i):
-    """The architecture that the templates are written for."""
-    assert builds[i]["spill_bytes"] == 0
+    jobs = []
+    for capability, *values, other in KEYS:
+        key = dict(zip(fields, values, strict=True)) | dict(gpu="", sm_count=132) | other
+        jobs.append([capability, key, dict(batch_size=4, kv_len=4096, q_len=512 if values[0] == "prefill" else 1), None])
+    wrong = {}
+    for key, build in zip(KEYS, compile_all(jobs), strict=True):
+        spills_allowed = key[0] != "9.0" or key[5] is FP32  # fp32 is for tests
+        compiled = 0 < build["registers"] <= 255  # 0 would mean that the disassembler was not there to ask
+        fits = build["shared_bytes"] <= SHARED_BYTES[key[0]]
+        if not (compiled and fits and (spills_allowed or build["spill_bytes"] == 0)):
+            wrong[str(key)] = build
+    assert not wrong
 
 
 def test_the_default_config_is_a_point_of_its_search_space():
@@ -81,7 +58,12 @@ def test_the_default_config_is_a_point_of_its_search_space():
 
     for name in NAMES:
         for _, _, head_dim, page_size, group, other in KEYS:
-            for workload in (Workload(1, 1), Workload(1, 1 << 20), Workload(256, 4096, ragged=True), Workload(3, 500, 500, 1)):
+            for workload in (
+                Workload(1, 1),
+                Workload(1, 1 << 20),
+                Workload(256, 4096, ragged=True),
+                Workload(3, 500, 500, 1),
+            ):
                 config = template(name).default(Key(name, "", 132, head_dim, page_size, group, **other), workload)
                 for tunable, values in template(name).tunables.items():
                     assert config[tunable] in values, f"{name}: {tunable}={config[tunable]}"

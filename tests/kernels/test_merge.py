@@ -81,7 +81,7 @@ def test_the_output_has_the_type_of_o_a(dtype):
 def test_the_kernels_own_states_merge_into_the_attention_over_both_caches():
     """lse of paged_decode and paged_prefill is the natural log that merge_states takes, also for an empty sequence."""
     whole = Batch(Case((1, 1, 1), (48, 20, 0), page_size=16), DEVICE)
-    i32 = lambda *values: torch.tensor(values, dtype=torch.int32, device=DEVICE)  # noqa: E731
+    i32 = lambda *values: torch.tensor(values, dtype=torch.int32, device=DEVICE)
     first_pages = (whole.kv_indices[[0, 1, 3]], i32(0, 2, 3, 3), i32(16, 16, 0))
     other_pages = (whole.kv_indices[[2, 4]], i32(0, 1, 2, 2), i32(16, 4, 0))
     head = patune.paged_decode(whole.q, whole.kv_cache, *first_pages, return_lse=True)

@@ -21,7 +21,7 @@ class Step:
         self.num_prefill, self.num_decode = num_prefill, len(case.q_lens) - num_prefill
         gen = torch.Generator().manual_seed(case.seed)
         tokens = sum(case.q_lens) + padding
-        randn = lambda heads: torch.randn(tokens, heads, case.head_dim, generator=gen).to(self.batch.q.dtype).to(device)  # noqa: E731
+        randn = lambda heads: torch.randn(tokens, heads, case.head_dim, generator=gen).to(self.batch.q.dtype).to(device)
         self.q, self.k, self.v = randn(case.kv_heads * case.group), randn(case.kv_heads), randn(case.kv_heads)
         self.q[: sum(case.q_lens)] = self.batch.q
         self.batch.q = self.q[: sum(case.q_lens)]
@@ -67,9 +67,10 @@ def check_step(step: Step, **kw) -> None:
     inputs = [x for x in step.args if isinstance(x, torch.Tensor) and x is not step.batch.kv_cache]
     before = [x.clone() for x in inputs]
     got = step.run(**kw)
-    rtol, atol = (1 / 8, 2**-9) if step.case.kv_dtype else (1e-6, 0)  # fp8: a unit in the last place, the interpreter truncates
     for have, want in zip(tensors(step.batch.kv_cache), tensors(want_cache), strict=True):
-        torch.testing.assert_close(have.float(), want.float(), rtol=rtol, atol=atol, equal_nan=True)
+        assert torch.equal(have.isnan(), want.isnan())
+        # Fp8 on the GPU is compared exactly in tests/gpu; Triton's interpreter loses the carry when it rounds.
+        assert_close(have.float().nan_to_num(), want.float().nan_to_num(), 0.1 if step.case.kv_dtype else 1e-6)
     used = sum(step.case.q_lens)
     assert_close(got[:used], step.batch.reference()[0], limit(step.case))
     assert torch.equal(got[used:], torch.zeros_like(got[used:])), "padding rows are not zero"
@@ -83,8 +84,9 @@ def steps(draw) -> tuple[Case, int, int]:
     decodes = draw(st.lists(st.integers(0, 40), min_size=0 if prefills else 1, max_size=3))
     case = Case(
         (*(q for q, _ in prefills), *(1 for _ in decodes)), (*(q + old for q, old in prefills), *decodes),
-        kv_heads=draw(st.sampled_from((1, 2))), group=draw(st.sampled_from((1, 4, 7))), head_dim=draw(st.sampled_from((16, 64, 80))),
-        page_size=draw(st.sampled_from((1, 3, 16, 64))), layout=draw(st.sampled_from(("HND", "NHD"))), pair=draw(st.booleans()),
+        kv_heads=draw(st.sampled_from((1, 2))), group=draw(st.sampled_from((1, 4, 7))),
+        head_dim=draw(st.sampled_from((16, 64, 80))), page_size=draw(st.sampled_from((1, 3, 16, 64))),
+        layout=draw(st.sampled_from(("HND", "NHD"))), pair=draw(st.booleans()),
         window=draw(st.sampled_from((None, 7))), soft_cap=draw(st.sampled_from((None, 5.0))), sinks=draw(st.booleans()),
         scales=draw(st.booleans()), seed=draw(st.integers(0, 99)),
     )  # fmt: skip
@@ -203,18 +205,14 @@ def test_append_is_a_sound_operator(pair):
     )  # fmt: skip
 
 
-# The f-strings of checks.require are formatted before they are needed, and dynamo cannot put a symbolic int into one.
-EAGER_MESSAGES = pytest.mark.xfail(reason="checks.require takes its message already formatted", strict=True)
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=EAGER_MESSAGES)], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @both_caches()
 def test_a_compiled_step_is_one_graph_and_does_the_same(pair, dynamic):
     """torch.compile(fullgraph=True) takes the public function; result and cache equal the eager call's."""
     eager, compiled = (Step(Case((3, 1, 1), (23, 30, 20), pair=pair), 1, 2) for _ in range(2))
     want = eager.run()
     torch._dynamo.reset()
-    fn = lambda *args, **kw: patune.paged_attention_with_cache(*args, **kw) * 2  # noqa: E731
+    fn = lambda *args, **kw: patune.paged_attention_with_cache(*args, **kw) * 2
     got = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*compiled.args, **compiled.options)
     torch.testing.assert_close(got, want * 2, rtol=0, atol=0)
     for a, b in zip(tensors(eager.batch.kv_cache), tensors(compiled.batch.kv_cache), strict=True):

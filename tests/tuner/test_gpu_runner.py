@@ -98,7 +98,7 @@ def test_death_in_a_race_ends_it_for_all_in_it(runner, monkeypatch):
 def test_workload_without_tensors_is_named(runner):
     """A workload too large for the memory is an error that names it, and the next one is measured."""
     key = Key("tests.tuner.templates:NO_TENSORS", "interpreter", 1, head_dim=16, page_size=16, q_heads_per_kv=1)
-    with pytest.raises(WorkerError, match="no tensors for .*NO_TENSORS B1 L64: OutOfMemoryError: planted"):
+    with pytest.raises(WorkerError, match=r"no tensors for .*NO_TENSORS B1 L64: OutOfMemoryError: planted"):
         runner.measure(key, WORKLOAD, [], config(16))
     assert runner.measure(KEY, WORKLOAD, [], config(16)).reference.status == "ok"
 
