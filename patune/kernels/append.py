@@ -104,6 +104,6 @@ TEMPLATE = Template(
     runtime=frozenset(),
     invalid=invalid,
     default=lambda key, workload: default_config(query_of(key, workload)),
-    problem=AppendProblem,
+    problem=lambda key, workload, **kw: AppendProblem(launches, key, workload, **kw),
     jit_functions=JIT_FUNCTIONS,
 )

@@ -7,6 +7,7 @@ import torch
 
 from ..workload import Key, Workload
 from .cache import paged_cache
+from .indices import get_batch_indices_positions
 from .reference import reference_paged_attention
 from .template import Launch, Values
 
@@ -116,9 +117,8 @@ class AppendProblem(PagedInputs):
     tolerance = 1e-6  # a copy: any error is one
     flops = 0
 
-    def __init__(self, key: Key, workload: Workload, *, device: str, seed: int = 0, sets: int | None = None):
-        from .indices import get_batch_indices_positions
-
+    def __init__(self, build, key: Key, workload: Workload, *, device: str, seed: int = 0, sets: int | None = None):
+        self.build = build
         tokens = sum(workload.q_lens())
         self.bytes = 2 * tokens * workload.kv_heads * key.head_dim * 2 * getattr(torch, key.kv_dtype).itemsize
         super().__init__(key, workload, device, seed, sets or 4, self.bytes)
@@ -132,11 +132,8 @@ class AppendProblem(PagedInputs):
         self.kv.zero_()
 
     def launches(self, config: Values, r: int = 0) -> list[Launch]:
-        from .append import launches
-
-        return launches(
-            self.k[r], self.v[r], self.batch_indices, self.positions, self.cache, self.kv_indices[r], self.kv_indptr, config
-        )
+        pages = self.kv_indices[r], self.kv_indptr
+        return self.build(self.k[r], self.v[r], self.batch_indices, self.positions, self.cache, *pages, config)
 
     def _written(self, r: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(pages, rows) of the new tokens of set r."""

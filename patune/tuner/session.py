@@ -86,7 +86,7 @@ def tune(
         if left is not None and left <= 0:
             break
         for soon in workloads[n : n + 2]:  # the next one compiles while this one is measured
-            runner.prepare(key, soon, _certain_points(template, key, soon, trials))
+            runner.prepare(key, soon, [template.default(key, soon), *valid_points(template, key, soon)])
         task = _Task(template, key, workload, runner, store, on_event)
         try:
             search = task.search(trials, seed, winners=[result["config"] for result in results])
@@ -210,13 +210,6 @@ class _Task:
 
 def _us(trial: Trial) -> float:
     return math.inf if trial.us is None else trial.us
-
-
-def _certain_points(template: Template, key: Key, workload: Workload, trials: int | None) -> list[dict[str, int]]:
-    """What will be measured whatever the search finds: everything, or the default."""
-    points = valid_points(template, key, workload)
-    default = template.default(key, workload)
-    return [default, *points] if trials is None or len(points) <= trials else [default]
 
 
 def _result(finished: Finished) -> dict[str, Any]:
