@@ -10,11 +10,12 @@ import statistics
 import sys
 from pathlib import Path
 
+from patune.cachedb import landscape
 from patune.kernels.registry import template
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "h100"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "tuning.md")
 
 
 def race_table(mode: str) -> str:
@@ -51,6 +52,34 @@ def run_table() -> str:
     return "\n".join(lines)
 
 
+def search_table() -> str:
+    """Median regret over all workloads and seeds of a key."""
+    document = json.loads((RESULTS / "search.json").read_text())
+    lines = ["| key | workloads | after | patune | random | patune saves of the possible |", "|---|--:|--:|--:|--:|--:|"]
+    for part in document["keys"]:
+        key = part["key"]
+        name = f"{key['kernel']} d{key['head_dim']} p{key['page_size']}"
+        name += "" if key["kernel"] == "append" else f" group {key['q_heads_per_kv']}"
+        for n in ("16", "32", "64"):
+            mine, random = part["patune"][n], part["random"][n]
+            lines.append(
+                f"| {name} | {part['workloads']} | {n} | {mine['median_regret']:.2%} | {random['median_regret']:.2%} "
+                f"| {mine['fraction_of_optimum']:.0%} |"
+            )
+            name = ""
+    return "\n".join([*lines, "", f"{document['seeds']} seeds each."])
+
+
+def landscape_line() -> str:
+    recorded = landscape.load(RESULTS / "landscape.json.gz")
+    keys = recorded.keys()
+    sizes = [len(recorded.trials(key, workload)) for key in keys for workload in recorded.workloads(key)]
+    return (
+        f"The landscape that ships has {sum(sizes):,} trials, every valid config of {len(sizes)} workloads of {len(keys)} keys, "
+        f"measured on one {recorded.environment.gpu} on {recorded.recorded[:10]} (commit {recorded.commit[:10]})."
+    )
+
+
 def provenance_line() -> str:
     p = json.loads((RESULTS / "provenance.json").read_text())
     hashes = ", ".join(f"{name} {value}" for name, value in p["source_hash"].items())
@@ -64,6 +93,8 @@ FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: race_table("prefill"),
     "run": run_table,
+    "search": search_table,
+    "landscape": landscape_line,
     "provenance": provenance_line,
 }
 
@@ -75,21 +106,23 @@ def rendered(text: str) -> str:
     return text
 
 
-def stale_kernels() -> list[str]:
-    measured = json.loads((RESULTS / "provenance.json").read_text())["source_hash"]
-    return [name for name, value in measured.items() if template(name).source_hash != value]
+def stale_kernels() -> set[str]:
+    """Kernels whose source is not the one that results/ was measured with."""
+    measured = list(json.loads((RESULTS / "provenance.json").read_text())["source_hash"].items())
+    measured += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
+    return {name for name, value in measured if template(name).source_hash != value}
 
 
 def main() -> None:
-    text = README.read_text()
-    new = rendered(text)
-    if "--check" not in sys.argv:
-        README.write_text(new)
-        return
-    if stale_kernels():
-        sys.exit(f"results/ was measured with another version of {', '.join(stale_kernels())}: measure again with tools/measure.py")
-    if new != text:
-        sys.exit("README.md differs from results/: run tools/figures.py")
+    if "--check" in sys.argv and (stale := stale_kernels()):
+        sys.exit(f"results/ was measured with another version of {', '.join(sorted(stale))}: measure again with tools/measure.py")
+    for page in PAGES:
+        text = page.read_text()
+        new = rendered(text)
+        if "--check" not in sys.argv:
+            page.write_text(new)
+        elif new != text:
+            sys.exit(f"{page.name} differs from results/: run tools/figures.py")
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def paged_attention_with_cache(
     *,
     num_prefill: int,
     num_decode: int,
-    max_q_len: int,
+    max_q_len: int | None = None,
     num_prefill_tokens: int | None = None,
     max_kv_len: int | None = None,
     batch_indices: torch.Tensor | None = None,
@@ -205,7 +205,7 @@ def paged_attention_with_cache(
     The first num_prefill sequences own the first num_prefill_tokens rows of q, k and v (default: all but num_decode, so a
     batch with padding rows has to give it), as qo_indptr [num_prefill+num_decode+1] says; the next num_decode sequences own
     one row each; rows after them are padding: they write no KV and come back as zeros. max_q_len: the most new tokens of a
-    prefill sequence. The page table and kv_last_page_len already count the new tokens. batch_indices and positions, from
+    prefill sequence, if the host knows. The page table and kv_last_page_len already count the new tokens. batch_indices and positions, from
     `get_batch_indices_positions`, save their computation where one step serves many layers. Everything else is as in
     `paged_decode` and `paged_prefill`.
 

@@ -85,9 +85,10 @@ def _paged_prefill(
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len,
-                     ragged=max_q_len * batch_size >= 2 * q.shape[0], features=_features(window, soft_cap, sinks))  # fmt: skip
+                     ragged=(max_q_len or 0) * batch_size >= 2 * q.shape[0], features=_features(window, soft_cap, sinks))  # fmt: skip
     run(prefill.launches(
-        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr, max_q_len=max_q_len,
+        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
+        max_q_len=q.shape[0] if max_q_len is None else max_q_len,
         sm_scale=sm_scale, causal=causal, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
         v_factor=v_factor,
     ), q)  # fmt: skip
@@ -160,7 +161,7 @@ _define(
     "paged_attention_with_cache",
     f"Tensor q, Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor(b!)? v_cache, Tensor qo_indptr, {_PAGES}, Tensor? batch_indices, "
     "Tensor? positions, float sm_scale, str kv_layout, SymInt num_prefill, SymInt num_decode, "
-    "SymInt num_prefill_tokens, SymInt max_q_len, SymInt? max_kv_len, int? window, float? soft_cap, Tensor? sinks, "
+    "SymInt num_prefill_tokens, SymInt? max_q_len, SymInt? max_kv_len, int? window, float? soft_cap, Tensor? sinks, "
     "Tensor? k_scale, Tensor? v_scale, float k_factor, float v_factor",
     _paged_attention_with_cache,
     returns="Tensor",

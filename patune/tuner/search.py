@@ -31,6 +31,7 @@ class Search:
     ):
         self.tunables = tunables
         grid = [point_of(config, tunables) for config in points]
+        random.Random(seed).shuffle(grid)  # neighbours apart: a drifting clock must not look like a tunable's effect
         self.unseen = dict.fromkeys(grid)  # an ordered set
         self.seen: set[Point] = set()
         prior = list(prior)

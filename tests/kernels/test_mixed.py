@@ -254,3 +254,9 @@ def test_fake_tensors_get_shapes_and_dtypes_without_a_launch():
     assert [tuple(x.shape) for x in outputs] == [(3, 8, 64), (2, 8, 64), (2, 8), (2, 8, 64), (2, 8)]
     assert [x.dtype for x in outputs] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
     assert all(x.device.type == DEVICE for x in outputs)
+
+
+def test_without_max_q_len_the_step_is_the_same():
+    """The host need not know the longest prompt: it is a bound on the work, never on the result."""
+    step, again = (Step(Case((9, 30, 1), (20, 30, 40)), 2) for _ in range(2))
+    torch.testing.assert_close(again.run(max_q_len=None), step.run(), rtol=0, atol=0)
