@@ -205,9 +205,9 @@ def paged_attention_with_cache(
     The first num_prefill sequences own the first num_prefill_tokens rows of q, k and v (default: all but num_decode, so a
     batch with padding rows has to give it), as qo_indptr [num_prefill+num_decode+1] says; the next num_decode sequences own
     one row each; rows after them are padding: they write no KV and come back as zeros. max_q_len: the most new tokens of a
-    prefill sequence, if the host knows. The page table and kv_last_page_len already count the new tokens. batch_indices and positions, from
-    `get_batch_indices_positions`, save their computation where one step serves many layers. Everything else is as in
-    `paged_decode` and `paged_prefill`.
+    prefill sequence, if the host knows. The page table and kv_last_page_len already count the new tokens. batch_indices and
+    positions, from `get_batch_indices_positions`, save their computation where one step serves many layers. Everything else
+    is as in `paged_decode` and `paged_prefill`.
 
     Returns [tokens, q_heads, head_dim] like q. Mutates the cache and nothing else; no host sync.
     """

@@ -11,7 +11,7 @@ import triton.language as tl
 from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .problem import AppendProblem
-from .sizes import ceil_div, next_power_of_2
+from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -72,20 +72,25 @@ def launches(
     k, v, batch_indices, positions, cache, kv_indices, kv_indptr, config, *,
     k_scale=None, v_scale=None, k_factor=1.0, v_factor=1.0,
 ) -> list[Launch]:  # fmt: skip
-    """The launch of one append. k and v [tokens, kv_heads, head_dim]; `cache` a PagedCache."""
+    """The launches of one append: one, or as many as a grid's limit asks for.
+
+    k and v [tokens, kv_heads, head_dim]; `cache` a PagedCache.
+    """
     tokens, kv_heads, head_dim = k.shape
     limit = torch.finfo(cache.k.dtype).max if cache.k.dtype.itemsize == 1 else 0
-    return [Launch(append_kv, (kv_heads, ceil_div(tokens, config["BLOCK_T"])), dict(
-        k_ptr=k, v_ptr=v, batch_indices_ptr=batch_indices, positions_ptr=positions, k_cache_ptr=cache.k, v_cache_ptr=cache.v,
-        kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
-        k_scale=k_factor, v_scale=v_factor, num_tokens=tokens,
+    step = MAX_GRID_Y * config["BLOCK_T"]
+    parts = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+    return [Launch(append_kv, (kv_heads, ceil_div(part.stop - part.start, config["BLOCK_T"])), dict(
+        k_ptr=k[part], v_ptr=v[part], batch_indices_ptr=batch_indices[part], positions_ptr=positions[part],
+        k_cache_ptr=cache.k, v_cache_ptr=cache.v, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
+        k_scale_ptr=k_scale, v_scale_ptr=v_scale, k_scale=k_factor, v_scale=v_factor, num_tokens=part.stop - part.start,
         stride_kt=k.stride(0), stride_kh=k.stride(1), stride_kd=k.stride(2),
         stride_vt=v.stride(0), stride_vh=v.stride(1), stride_vd=v.stride(2),
         stride_kcp=cache.k_strides[0], stride_kch=cache.k_strides[1], stride_kct=cache.k_strides[2],
         stride_vcp=cache.v_strides[0], stride_vch=cache.v_strides[1], stride_vct=cache.v_strides[2],
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, LIMIT=limit,
         BLOCK_T=config["BLOCK_T"], BLOCK_D=next_power_of_2(head_dim), num_warps=config["num_warps"],
-    ))]  # fmt: skip
+    )) for part in parts]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:

@@ -17,7 +17,7 @@ from .defaults import SPLITS, default_config, query_of
 from .device import supports_pdl
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
-from .sizes import ceil_div, next_power_of_2
+from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -281,6 +281,10 @@ def launches(
     block_d = max(16, next_power_of_2(head_dim))
     # share_size() says why there are at most this many; one sequence has exactly num_splits
     shares = num_splits if batch_size == 1 else num_splits * batch_size + (batch_size - 1 if num_splits > 1 else 0)
+    if max(shares, batch_size * q_len) > MAX_GRID_Y:
+        raise ValueError(
+            f"q: {batch_size} sequences in {num_splits} splits each need more than a grid's {MAX_GRID_Y} programs; cut the batch"
+        )
     slots = shares * cache.kv_heads * rows if num_splits > 1 else 0  # empty, not None: None would compile another variant
     partial = torch.empty(slots * block_d, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(slots, dtype=torch.float32, device=q.device)

@@ -84,8 +84,9 @@ def _paged_prefill(
         return
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
-    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len,
-                     ragged=(max_q_len or 0) * batch_size >= 2 * q.shape[0], features=_features(window, soft_cap, sinks))  # fmt: skip
+    ragged = (max_q_len or 0) * batch_size >= 2 * q.shape[0]
+    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len, ragged=ragged,
+                     features=_features(window, soft_cap, sinks))  # fmt: skip
     run(prefill.launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
         max_q_len=q.shape[0] if max_q_len is None else max_q_len,

@@ -13,7 +13,7 @@ from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
-from .sizes import ceil_div, next_power_of_2
+from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -186,6 +186,8 @@ def launches(
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // block_m + batch_size, ceil_div(max_q_len, block_m) * batch_size)
+    if blocks > MAX_GRID_Y:
+        raise ValueError(f"q: {tokens} tokens are more than a grid's {MAX_GRID_Y} blocks of {block_m}; cut the batch")
     block_d = max(16, next_power_of_2(head_dim))
     return [Launch(prefill_attention, (q_heads, blocks), dict(
         q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,

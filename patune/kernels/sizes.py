@@ -1,5 +1,7 @@
 """Integer arithmetic of launches. Triton's own versions take 4 µs a call on the host, because they also serve kernels."""
 
+MAX_GRID_Y = 65535  # programs along the second and third axis of a grid, CUDA C++ programming guide, technical specifications
+
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import patune
+from patune.kernels import append
+from patune.kernels.cache import paged_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -71,3 +73,15 @@ def test_fp8_saturates_and_divides_by_the_scale(device):
 def test_num_tokens_must_be_a_host_int(num_tokens, message):
     with pytest.raises(ValueError, match=message):
         patune.get_batch_indices_positions(i32([0, 1]), i32([1]), num_tokens)
+
+
+def test_more_tokens_than_a_grid_has_programs_are_appended_in_parts():
+    """CUDA allows 65,535 programs along a grid's second axis; a long prompt has more tokens."""
+    tokens = 150_000
+    k = torch.empty(tokens, 2, 16, device="meta")
+    where = torch.empty(tokens, dtype=torch.int32, device="meta")
+    cache = paged_cache(torch.empty(10, 2, 2, 16, 16, device="meta"), None, "HND")
+    launches = append.launches(k, k, where, where, cache, where, where, dict(BLOCK_T=1, num_warps=1))
+    assert [launch.grid for launch in launches] == [(2, 65535), (2, 65535), (2, 150_000 - 2 * 65535)]
+    assert [launch.args["num_tokens"] for launch in launches] == [launch.args["k_ptr"].shape[0] for launch in launches]
+    assert sum(launch.args["num_tokens"] for launch in launches) == tokens

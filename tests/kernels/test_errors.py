@@ -1,12 +1,15 @@
 """Bad input: one line that begins with the argument's name and says what was expected, before anything is launched."""
 
+from functools import partial
+
 import pytest
 import torch
 from paged import Batch, Case
 
 import patune
 from patune.errors import UsageError
-from patune.kernels import checks, registry
+from patune.kernels import checks, decode, prefill, registry
+from patune.kernels.cache import paged_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = Batch(Case((1, 1), (20, 33), dtype="bfloat16"), DEVICE)  # 8 query heads, 2 KV heads, head_dim 64, pages of 16
@@ -305,3 +308,24 @@ def test_without_patune_check_no_value_is_read(monkeypatch, nothing_launched):
     function, arguments = CALLS["decode"]
     function(**(arguments | dict(kv_indices=i32(0, 1, 2, 3, 99))))
     assert nothing_launched
+
+
+@pytest.mark.parametrize(("batch", "config"), [(600, dict(num_splits=128)), (70_000, dict(num_splits=1))])
+def test_a_decode_that_no_grid_can_hold_names_the_batch(batch, config):
+    """CUDA allows 65,535 programs along a grid's second axis; its own error would be 'invalid argument'."""
+    meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
+    q, kv = meta(batch, 1, 16, dtype=torch.float16), meta(4, 2, 1, 16, 16, dtype=torch.float16)
+    launches = partial(
+        decode.launches, q, paged_cache(kv, None, "HND"), meta(4), meta(batch + 1), meta(batch), q, None, sm_scale=1.0
+    )
+    with pytest.raises(ValueError, match=f"^q: {batch} sequences in .* cut the batch$"):
+        launches(dict(BLOCK_N=16, num_warps=2, num_stages=2) | config)
+
+
+def test_a_prefill_that_no_grid_can_hold_names_the_tokens():
+    meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
+    q, kv = meta(5_000_000, 1, 16, dtype=torch.float16), meta(4, 2, 1, 16, 16, dtype=torch.float16)
+    config = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
+    with pytest.raises(ValueError, match=r"^q: 5000000 tokens are more than .* cut the batch$"):
+        prefill.launches(q, paged_cache(kv, None, "HND"), meta(4), meta(2), meta(1), q, None, config,
+                         qo_indptr=meta(2), max_q_len=5_000_000, sm_scale=1.0)  # fmt: skip
