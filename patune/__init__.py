@@ -1,4 +1,4 @@
-"""patune: Triton paged attention, tuned. See DESIGN in docs/ and `patune --help`.
+"""patune: Triton paged attention, tuned. See README.md and `patune --help`.
 
 Importing patune imports neither torch nor triton; each name below loads what it needs when it is first used.
 """
