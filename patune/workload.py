@@ -40,6 +40,11 @@ class Workload:
         """New tokens of each sequence. A ragged prefill varies these and keeps the cached prefix's length."""
         return [1] * self.batch_size if self.q_len == 1 else self._spread(self.q_len)
 
+    def distance(self, other: "Workload") -> float:
+        """Octaves between the sizes; batch times KV heads is one size, and raggedness counts as two octaves."""
+        sizes = ((w.batch_size * w.kv_heads, w.kv_len, w.q_len) for w in (self, other))
+        return sum(abs(math.log2(a / b)) for a, b in zip(*sizes)) + 2.0 * (self.ragged != other.ragged)
+
     def _spread(self, mean: int) -> list[int]:
         if not self.ragged:
             return [mean] * self.batch_size

@@ -20,26 +20,26 @@ from pathlib import Path
 from patune.cachedb import landscape
 from patune.cachedb.trial import Trial
 from patune.kernels.registry import template
-from patune.tuner.search import BATCH, Search
+from patune.tuner.search import Search, transferred
 from patune.tuner.space import point_of, valid_points
 from patune.workload import Key, Workload
 
 AFTER = (8, 16, 32, 64)
 
 
-def tpe(recorded, key: Key, workload: Workload, seed: int, winners: list[dict]) -> Iterator[Trial]:
+def tpe(recorded, key: Key, workload: Workload, seed: int, winners: list[tuple[Workload, dict]]) -> Iterator[Trial]:
     """The search that `patune run` makes."""
     kernel = template(key.kernel)
     points, trials = valid_points(kernel, key, workload), recorded.trials(key, workload)
-    usable = [w for w in winners if w in points]
-    search = Search(kernel.tunables, points, trials=max(AFTER), seed=seed, seeds=[recorded.default(key, workload), *usable])
-    while batch := search.ask(BATCH):
+    seeds = [recorded.default(key, workload), *transferred(kernel, key, workload, winners, lambda config: config in points)]
+    search = Search(kernel.tunables, points, trials=max(AFTER), seed=seed, seeds=seeds)
+    while batch := search.ask():
         told = [trials[point_of(config, kernel.tunables)] for config in batch]
         search.tell(told)
         yield from told
 
 
-def random_search(recorded, key: Key, workload: Workload, seed: int, winners: list[dict]) -> Iterator[Trial]:
+def random_search(recorded, key: Key, workload: Workload, seed: int, winners: list[tuple[Workload, dict]]) -> Iterator[Trial]:
     """Valid points without repeats, after the default."""
     kernel = template(key.kernel)
     default = recorded.default(key, workload)
@@ -63,7 +63,7 @@ def one(path: Path, key: Key, strategy: str, seed: int) -> list[dict]:
                 best, best_us = trial.config, trial.us
             if spent in AFTER:
                 us[spent] = best_us
-        winners.append(best)
+        winners.append((workload, best))
         rows.append({"workload": str(workload), "us": {str(n): us.get(n, best_us) for n in AFTER}})
     return rows
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..workload import Key, Workload
-from .defaults import SPLITS, default_config, query_of
+from .defaults import SPLITS, adapt, default_config, query_of
 from .device import supports_pdl
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
@@ -333,6 +333,11 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     return None
 
 
+def fit(config: Values, key: Key, of: Workload, to: Workload) -> dict[str, int]:
+    """A config for another workload: an SM gets as many programs, so the splits change."""
+    return adapt(dict(config=config, batch_size=of.batch_size, kv_heads=of.kv_heads, sm_count=key.sm_count), query_of(key, to))
+
+
 TEMPLATE = Template(
     name="decode",
     tunables=TUNABLES,
@@ -341,4 +346,5 @@ TEMPLATE = Template(
     default=lambda key, workload: default_config(query_of(key, workload)),
     problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
     jit_functions=JIT_FUNCTIONS,
+    fit=fit,
 )

@@ -61,6 +61,8 @@ class Template:
     default: Callable[[Key, Workload], dict[str, int]]
     problem: Callable[..., Problem]  # (key, workload, *, device, seed=0, sets=None)
     jit_functions: tuple[Any, ...]  # the kernels and the device functions that they call
+    # (config, key, its workload, another workload): the config fitted to the other one, a point worth trying there
+    fit: Callable[[Values, Key, Workload, Workload], dict[str, int]] = lambda config, key, of, to: dict(config)
 
     @functools.cached_property
     def source_hash(self) -> str:

@@ -13,7 +13,7 @@ from ..kernels.template import Template, Values
 from ..workload import Key, Workload
 from .accept import replaces
 from .runner import Race, Runner
-from .search import BATCH, Search
+from .search import Search, transferred
 from .space import Point, point_of, valid_points
 
 FINALISTS = 4  # of the search that run in the last race, besides what was there before and the default
@@ -81,6 +81,7 @@ def tune(
     on_event(Started(key, tuple(workloads), runner.environment, runner.mode))
     ends = None if budget_s is None else time.monotonic() + budget_s
     results: list[dict[str, Any]] = []
+    winners: list[tuple[Workload, Values]] = []
     for n, workload in enumerate(workloads):
         left = None if ends is None else ends - time.monotonic()
         if left is not None and left <= 0:
@@ -89,13 +90,14 @@ def tune(
             runner.prepare(key, soon, [template.default(key, soon), *valid_points(template, key, soon)])
         task = _Task(template, key, workload, runner, store, on_event)
         try:
-            search = task.search(trials, seed, winners=[result["config"] for result in results])
+            search = task.search(trials, seed, winners)
             task.run(search, None if left is None else time.monotonic() + left / (len(workloads) - n))
             finished = task.finish()
         except WorkerError as error:
             finished = Failed(workload, str(error))
         on_event(finished)
         if isinstance(finished, Finished):
+            winners.append((workload, finished.config))
             results.append(_result(finished))
     return results
 
@@ -113,7 +115,7 @@ class _Task:
         on_event: Callable[[Event], None],
     ):
         self.key, self.workload, self.runner, self.store, self.on_event = key, workload, runner, store, on_event
-        self.tunables = template.tunables
+        self.template, self.tunables = template, template.tunables
         self.points = valid_points(template, key, workload)
         self.default = template.default(key, workload)
         self.allowed = {self._point(config) for config in [*self.points, self.default]}
@@ -126,15 +128,16 @@ class _Task:
             earlier = store.trials(key, workload, source_hash=template.source_hash, triton=environment.triton, mode=runner.mode)
             self.known = {self._point(trial.config): trial for trial in earlier if self._usable(trial.config)}
 
-    def search(self, trials: int | None, seed: int, winners: Iterable[Values]) -> Search:
-        seeds = [self.default, self.incumbent, *(config for config in winners if self._usable(config))]
+    def search(self, trials: int | None, seed: int, winners: Iterable[tuple[Workload, Values]]) -> Search:
+        elsewhere = transferred(self.template, self.key, self.workload, winners, self._usable)
+        seeds = [self.default, self.incumbent, *elsewhere]
         prior = self.known.values()
         return Search(self.tunables, self.points, trials=trials, seed=seed, seeds=seeds, prior=prior)
 
     def run(self, search: Search, ends: float | None) -> None:
         """Measure what the search asks for, at least one batch, until it ends or the time does."""
         started, measured = time.monotonic(), 0
-        while batch := search.ask(BATCH):
+        while batch := search.ask():
             points = [config for config in batch if config != self.champion]
             race = self.runner.measure(self.key, self.workload, points, self.champion)
             fresh = [trial for trial in (race.reference, *race.trials) if trial.config in batch]

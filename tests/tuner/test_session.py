@@ -1,6 +1,7 @@
 """A tuning run keeps what it measured, never makes a workload slower, and moves nothing for noise."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from patune.cachedb.store import Store
 from patune.errors import WorkerError
 from patune.tuner import session
 from patune.tuner.replay import ReplayRunner
+from patune.tuner.search import BATCH, ENUMERATED, transferred
 from patune.tuner.session import Failed, Finished, Progress, Started, tune
 from patune.tuner.space import valid_points
 from patune.workload import Workload
@@ -43,7 +45,7 @@ def test_search_finds_a_better_config_and_stores_it(store):
     assert {name: entry[name] for name in result if name != "workload"} == {k: v for k, v in result.items() if k != "workload"}
     assert (entry["mode"], entry["optimum_us"]) == ("measured", None)
     assert isinstance(events[0], Started) and isinstance(events[-1], Finished)
-    assert [e.done for e in events if isinstance(e, Progress)] == [16, 32, 48]
+    assert [e.done for e in events if isinstance(e, Progress)] == list(range(BATCH, 49, BATCH))
 
 
 def test_exhaustive_run_measures_every_point_once(store):
@@ -99,12 +101,12 @@ def test_interrupted_run_keeps_what_it_measured_and_goes_on(store):
     with pytest.raises(KeyboardInterrupt):
         run(store, Interrupted(after=2), trials=64)
     kept = store.trials(KEY, WORKLOAD)
-    assert len(kept) == 32
+    assert len(kept) == 2 * BATCH
     assert formula_us(store.incumbent(KEY, WORKLOAD)["config"]) < formula_us(DEFAULT)
     runner = FormulaRunner(noise=0.001)
     (result,), _ = run(store, runner, trials=64)
     searched = [c for batch in runner.batches[:-1] for c in batch[1:]]
-    assert len(searched) == 32
+    assert len(searched) == 64 - 2 * BATCH
     assert not any(trial.config in searched for trial in kept)
     assert result["evaluations"] == 64
 
@@ -170,7 +172,7 @@ def test_budget_ends_the_run(store, monkeypatch):
 
     runner = Slow()
     results, _ = run(store, runner, [WORKLOAD, OTHER, Workload(4, 64)], trials=None, budget_s=45)
-    assert [result["evaluations"] for result in results] == [32, 16]
+    assert [result["evaluations"] for result in results] == [2 * ENUMERATED, ENUMERATED]
 
 
 def test_replay_decides_like_the_measurement_it_replays(store, tmp_path):
@@ -219,6 +221,17 @@ def test_a_last_race_on_a_busy_gpu_is_run_again_a_few_times(store, busy, finals)
     """Times that are stored come from a GPU as quiet as the search had, if it gets quiet again."""
     runner = DriftingRunner(busy)
     (result,), _ = run(store, runner)
-    assert len(runner.batches) == 3 + finals
+    assert len(runner.batches) == 48 // BATCH + finals
     slowed = 1.2 if busy == 99 else 1.0
     assert result["default_us"] == pytest.approx(formula_us(DEFAULT) * slowed, rel=0.02)
+
+
+def test_a_neighbour_s_winner_is_tried_fitted_to_this_workload():
+    """The nearest workload's comes first, its splits fitted by the template; what cannot be used is left out."""
+    near, far = Workload(16, 4096), Workload(256, 4096)
+    fit = lambda config, key, of, to: config | {"num_splits": config["num_splits"] * of.batch_size // to.batch_size}
+    template = replace(TEMPLATE, fit=fit)
+    first, last = {"BLOCK_N": 64, "num_warps": 4, "num_splits": 6}, {"BLOCK_N": 128, "num_warps": 8, "num_splits": 1}
+    usable = lambda config: config["num_splits"] in TEMPLATE.tunables["num_splits"]
+    found = transferred(template, KEY, Workload(8, 4096), [(far, last), (near, first)], usable)
+    assert found == [first | {"num_splits": 12}, first, last | {"num_splits": 32}, last]
