@@ -1,11 +1,12 @@
 """The public kernels: check the arguments, allocate the output, call the operator."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import checks
 from .append import TEMPLATE as APPEND
+from .cache import PagedCache
 from .checks import bad
 from .decode import TEMPLATE as DECODE
 from .ops import _library  # noqa: F401  registers torch.ops.patune
@@ -54,10 +55,7 @@ def paged_decode(
     the scaled logits. A sequence of length 0 gives zeros and lse -inf. No host sync; runs under CUDA-graph capture, where
     one graph is right for any lengths that fit its tensors. Raises ValueError or NotImplementedError that names the argument.
     """
-    checks.check_device(q)
-    checks.check_rows(q, "q")
-    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
-    checks.check_heads(q, cache)
+    given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if q_len_per_seq < 1:
         raise bad("q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
     checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
@@ -67,17 +65,13 @@ def paged_decode(
         raise bad(
             "q", f"expected {batch_size * q_len_per_seq} tokens for {batch_size} sequences of {q_len_per_seq}, got {q.shape[0]}"
         )
-    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
     checks.check_out(out, q)
-    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
-    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
-    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len)
+    checks.check_values(given.cache, kv_indices, kv_indptr, kv_last_page_len)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
-    scale = checks.check_scale(q, sm_scale) * k_factor
     torch.ops.patune.paged_decode(
-        q, first, second, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, q_len_per_seq, max_kv_len,
-        sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(DECODE, config),
+        q, *given.kv, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout, q_len_per_seq,
+        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, _values(DECODE, config),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -110,27 +104,20 @@ def paged_prefill(
     causal: query i sees keys up to kv_len - q_len + i; False lets it see all (then no sliding_window).
     The other arguments, the result and the errors are those of `paged_decode`. Rows of q past qo_indptr[-1] are not written.
     """
-    checks.check_device(q)
-    checks.check_rows(q, "q")
-    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
-    checks.check_heads(q, cache)
+    given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if max_q_len < 0:
         raise bad("max_q_len", f"expected at least 0, got {max_q_len}")
     if sliding_window is not None and not causal:
         raise NotImplementedError("sliding_window: needs causal=True; a window around non-causal rows is not supported")
     checks.check_indices(q.device, kv_indices=kv_indices, kv_indptr=kv_indptr)
     checks.check_indices(q.device, kv_indptr.shape[0] - 1, kv_last_page_len=kv_last_page_len, qo_indptr=qo_indptr)
-    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
     checks.check_out(out, q)
-    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
-    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
-    checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len)
+    checks.check_values(given.cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
-    scale = checks.check_scale(q, sm_scale) * k_factor
     torch.ops.patune.paged_prefill(
-        q, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, scale, kv_layout, max_q_len, causal,
-        sliding_window, logits_soft_cap, sinks, k_tensor, v_tensor, v_factor, _values(PREFILL, config),
+        q, *given.kv, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout,
+        max_q_len, causal, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, _values(PREFILL, config),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -211,17 +198,16 @@ def paged_attention_with_cache(
 
     Returns [tokens, q_heads, head_dim] like q. Mutates the cache and nothing else; no host sync.
     """
-    checks.check_device(q)
-    checks.check_rows(q, "q")
-    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
-    checks.check_heads(q, cache)
+    given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     for name, x in (("k", k), ("v", v)):
-        checks.check_rows(x, name, cache.kv_heads, cache.head_dim)
+        checks.check_rows(x, name, given.cache.kv_heads, given.cache.head_dim)
         good = x.shape[0] == q.shape[0] and x.dtype == q.dtype and x.device == q.device
         if not good:
             raise bad(name, f"expected {q.shape[0]} tokens of {q.dtype} on {q.device} like q, got {tuple(x.shape)} {x.dtype}")
     if num_prefill < 0:
         raise bad("num_prefill", f"expected at least 0, got {num_prefill}")
+    if max_q_len is not None and max_q_len < 0:
+        raise bad("max_q_len", f"expected at least 0 or None, got {max_q_len}")
     if num_decode < 0:
         raise bad("num_decode", f"expected at least 0, got {num_decode}")
     if num_prefill_tokens is None:
@@ -238,18 +224,14 @@ def paged_attention_with_cache(
     if (batch_indices is None) != (positions is None):
         raise bad("positions", "give both batch_indices and positions, or neither")
     checks.check_indices(q.device, q.shape[0], batch_indices=batch_indices, positions=positions)
-    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
-    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
-    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
     checks.check_values(
-        cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len,
+        given.cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len,
         (num_prefill, num_prefill_tokens), batch_indices, positions,
     )  # fmt: skip
-    scale = checks.check_scale(q, sm_scale)
     return torch.ops.patune.paged_attention_with_cache(
-        q, k, v, first, second, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, scale, kv_layout,
+        q, k, v, *given.kv, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, given.sm_scale, kv_layout,
         num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, sliding_window, logits_soft_cap, sinks,
-        k_tensor, v_tensor, k_factor, v_factor,
+        *given.scales, given.k_factor, given.v_factor,
     )  # fmt: skip
 
 
@@ -273,6 +255,31 @@ def merge_states(
     a = torch.where(weight_a > 0, o_a.float() * weight_a, 0.0)  # where: an o of NaN with weight 0 counts for nothing
     b = torch.where(weight_b > 0, o_b.float() * weight_b, 0.0)
     return (a + b).to(o_a.dtype), lse
+
+
+class _Attention(NamedTuple):
+    """What decode, prefill and the mixed step share, checked."""
+
+    kv: tuple[torch.Tensor, torch.Tensor | None]  # the cache as the operators take it
+    cache: PagedCache
+    sm_scale: float
+    scales: tuple[torch.Tensor | None, torch.Tensor | None]  # k_scale and v_scale where they are tensors, 1 elsewhere
+    k_factor: float
+    v_factor: float
+
+
+def _attention(
+    q: torch.Tensor, kv_cache: Cache, kv_layout: str, sm_scale: float | None, sliding_window: int | None,
+    logits_soft_cap: float | None, sinks: torch.Tensor | None, k_scale: Scale, v_scale: Scale,
+) -> _Attention:  # fmt: skip
+    checks.check_device(q)
+    checks.check_rows(q, "q")
+    first, second, cache = checks.check_cache(q, kv_cache, kv_layout)
+    checks.check_heads(q, cache)
+    checks.check_options(q, sliding_window, logits_soft_cap, sinks)
+    k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", q.device)
+    v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", q.device)
+    return _Attention((first, second), cache, checks.check_scale(q, sm_scale), (k_tensor, v_tensor), k_factor, v_factor)
 
 
 def _values(template: Template, config: Values | None) -> list[int] | None:
