@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import DatabaseError
 from .file import SHIPPED_TABLES, check_identity, database_path, explain
 from .match import KEY_FIELDS, WORKLOAD_FIELDS, Entry, Table
+from .match import provenance as provenance  # for the kernels, which know this module alone
 
 ENTRIES_SQL = """
     SELECT k.kernel, k.gpu, k.sm_count, e.capability, k.head_dim, k.page_size, k.q_heads_per_kv, k.q_dtype,

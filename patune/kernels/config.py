@@ -102,9 +102,8 @@ def find(query: dict) -> Config:
     entry, source = lookup.table().find(query)
     if entry is None:
         return Config(default_config(query), "default")
-    provenance = {name: entry[name] for name in ("gpu", "when", "triton", "torch", "driver", "source_hash", "mode")}
     values = entry["config"] if source == "measured" else adapt(entry, query)
-    return Config(values, source, {**provenance, "measured_us": entry["us"]})
+    return Config(values, source, lookup.provenance(entry))
 
 
 def _plain(dtype: object) -> str:
