@@ -37,6 +37,17 @@ def race_table(mode: str) -> str:
     return "\n".join([*lines, "", summary])
 
 
+def host_line() -> str:
+    """The host's time for one eager call, which graphs pay at capture only."""
+    rows = json.loads((RESULTS / "referee-decode.json").read_text())["rows"]
+    medians = {
+        who: statistics.median(row["host_us"][who] for row in rows if who in row["host_us"]) for who in ("candidate", *PEERS)
+    }
+    mine = medians.pop("candidate")
+    others = ", ".join(f"{PEERS[who]} {us:.0f}" for who, us in medians.items())
+    return f"Outside a graph, one decode call takes {mine:.0f} µs of host time (median of the cases; {others}): use graphs."
+
+
 PEERS = {"fa3": "FlashAttention-3", "flashinfer": "FlashInfer", "vllm_triton": "vLLM Triton", "sglang_triton": "SGLang Triton"}
 
 
@@ -92,6 +103,7 @@ def provenance_line() -> str:
 FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: race_table("prefill"),
+    "host": host_line,
     "run": run_table,
     "search": search_table,
     "landscape": landscape_line,

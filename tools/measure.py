@@ -30,7 +30,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     return {
         "tests": ([*tests, "-rs", "--durations=5", "-p", "no:cacheprovider"], "tests.txt", 180),
         "referee-decode": ([*race, "decode", "--out", str(out / "referee-decode.json")], "referee-decode.txt", 260),
-        "referee-prefill": ([*race, "prefill", "--out", str(out / "referee-prefill.json")], "referee-prefill.txt", 200),
+        "referee-prefill": ([*race, "prefill", "--out", str(out / "referee-prefill.json")], "referee-prefill.txt", 330),
         "run": (run, "run.json", 120),
         "run-again": (run, "run-again.json", 60),
     }

@@ -106,9 +106,13 @@ def _coarse(size: float | None, known: set[float]) -> float | None:
     return 2.0 ** ((math.floor(4 * math.log2(max(size, 1))) + 0.5) / 4)
 
 
+def name_words(device_name: str | None) -> list[str]:
+    """The words of a device name: "nvidia", "a100", "sxm4", "80gb"."""
+    return (device_name or "").lower().replace("-", " ").split()
+
+
 def _architecture(device_name: str | None) -> str | None:
-    words = (device_name or "").lower().replace("-", " ").split()
-    return next((ARCHITECTURES[word] for word in words if word in ARCHITECTURES), None)
+    return next((ARCHITECTURES[word] for word in name_words(device_name) if word in ARCHITECTURES), None)
 
 
 def _search(

@@ -33,6 +33,12 @@ TRIALS_SQL = """
 """
 
 
+TRIED_SQL = """
+    SELECT DISTINCT k.*, w.*, e.gpu AS measured_on, e.sm_count AS measured_sms, e.capability, e.driver, e.triton, e.torch
+    FROM trials t JOIN keys k ON k.id = t.key_id JOIN workloads w ON w.id = t.workload_id
+    JOIN environments e ON e.id = t.environment_id WHERE t.mode = 'measured' ORDER BY k.id, w.id"""
+
+
 class Store:
     """One open database. Several processes may write to the same file; each opens its own Store."""
 
@@ -148,12 +154,8 @@ class Store:
 
     def tried(self) -> list[tuple[Key, Workload, Environment]]:
         """What there are measured trials of, and where they were measured."""
-        rows = self._db.query("""
-            SELECT DISTINCT k.*, w.*, e.gpu AS measured_on, e.sm_count AS measured_sms, e.capability, e.driver, e.triton, e.torch
-            FROM trials t JOIN keys k ON k.id = t.key_id JOIN workloads w ON w.id = t.workload_id
-            JOIN environments e ON e.id = t.environment_id WHERE t.mode = 'measured' ORDER BY k.id, w.id""")
         with self._explained():
-            return [_tried(row) for row in rows]
+            return [_tried(row) for row in self._db.query(TRIED_SQL)]
 
     def entries(self) -> list[Entry]:
         """Every entry, in a fixed order."""

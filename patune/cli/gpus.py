@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..cachedb.match import ARCHITECTURES
+from ..cachedb.match import ARCHITECTURES, name_words
 from ..errors import UsageError
 
 
@@ -39,5 +39,4 @@ def gpu(alias: str) -> Gpu:
 
 def is_a(device_name: str, alias: str) -> bool:
     """Whether a device of that name is one of those that `alias` means, such as every H100 for "h100"."""
-    words = device_name.lower().replace("-", " ").split()
-    return gpu(alias).alias in words
+    return gpu(alias).alias in name_words(device_name)

@@ -105,9 +105,8 @@ def check_indices(device: torch.device, batch_size: int | None = None, **tensors
             raise bad(name, f"is on {x.device}, expected {device}")
         if x.stride(0) != 1 and x.shape[0] > 1:
             raise bad(name, "must be contiguous; call .contiguous()")
-        if name.endswith("_indptr"):
-            if x.shape[0] < 1:
-                raise bad(name, "expected batch+1 entries, got none")
+        if name.endswith("_indptr") and x.shape[0] < 1:
+            raise bad(name, "expected batch+1 entries, got none")
         if batch_size is not None and name != "kv_indices":
             want = batch_size + name.endswith("_indptr")
             if x.shape[0] != want:
@@ -165,7 +164,7 @@ def check_values(
     cache: PagedCache,
     kv_indices: torch.Tensor,
     kv_indptr: torch.Tensor,
-    kv_last_page_len: torch.Tensor | None = None,
+    kv_last_page_len: torch.Tensor,
     qo_indptr: torch.Tensor | None = None,
     num_tokens: int = 0,
     max_q_len: int | None = None,
@@ -179,9 +178,7 @@ def check_values(
     starts, pages = kv_indptr.tolist(), cache.k.shape[0]
     if starts[0] < 0:
         raise bad("kv_indptr", f"starts at {starts[0]}, expected 0 or more")
-    for b, (a, z) in enumerate(zip(starts, starts[1:])):
-        if z < a:
-            raise bad("kv_indptr", f"decreases from {a} to {z} at sequence {b}")
+    _check_increases("kv_indptr", starts)
     if starts[-1] > kv_indices.shape[0]:
         raise bad("kv_indptr", f"ends at {starts[-1]} but kv_indices has {kv_indices.shape[0]} pages")
     used = kv_indices[starts[0] : starts[-1]]
@@ -191,18 +188,14 @@ def check_values(
             raise bad("kv_indices", f"holds the negative page {low}")
         if high >= pages:
             raise bad("kv_indices", f"holds page {high} but the cache has {pages} pages")
-    if kv_last_page_len is not None:
-        for b, last in enumerate(kv_last_page_len.tolist()):
-            if starts[b + 1] > starts[b]:
-                if not 1 <= last <= cache.page_size:
-                    raise bad("kv_last_page_len", f"is {last} for sequence {b}, expected 1 to page_size {cache.page_size}")
+    for b, last in enumerate(kv_last_page_len.tolist()):
+        if starts[b + 1] > starts[b] and not 1 <= last <= cache.page_size:
+            raise bad("kv_last_page_len", f"is {last} for sequence {b}, expected 1 to page_size {cache.page_size}")
     if qo_indptr is not None:
         rows = qo_indptr.tolist()
         if rows[0] != 0:
             raise bad("qo_indptr", f"starts at {rows[0]}, expected 0")
-        for b, (a, z) in enumerate(zip(rows, rows[1:])):
-            if z < a:
-                raise bad("qo_indptr", f"decreases from {a} to {z} at sequence {b}")
+        _check_increases("qo_indptr", rows)
         if rows[-1] > num_tokens:
             raise bad("qo_indptr", f"ends at {rows[-1]} but q has {num_tokens} tokens")
         prefill = slice(0, num_prefill_rows[0] if num_prefill_rows else len(rows) - 1)
@@ -222,3 +215,9 @@ def check_values(
             unused = position == -1 and b >= 0 and capacity[b] == 0  # a decode slot of length 0
             if b >= 0 and not unused and not 0 <= position < capacity[b]:
                 raise bad("positions", f"is {position} for token {t} but the pages of sequence {b} hold {capacity[b]} tokens")
+
+
+def _check_increases(name: str, indptr: list[int]) -> None:
+    for b, (a, z) in enumerate(zip(indptr, indptr[1:])):
+        if z < a:
+            raise bad(name, f"decreases from {a} to {z} at sequence {b}")

@@ -1,6 +1,5 @@
 """Making a landscape: the measured trials of a database, one per config, as the file that searches are replayed against."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ..cachedb import landscape
@@ -26,7 +25,7 @@ def record(store: Store, path: Path, commit: str) -> int:
         )
     environment = environments.pop()
     recordings = [_recording(store, key, workload, environment) for key, workload, _ in tried]
-    recorded = max((trial.when for r in recordings for trial in r.trials), default=datetime.now(UTC).isoformat(timespec="seconds"))
+    recorded = max(trial.when for r in recordings for trial in r.trials)
     landscape.write(path, environment, recordings, recorded=recorded, commit=commit)
     return sum(len(r.trials) for r in recordings)
 
