@@ -13,6 +13,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     page_size: int = 16  # tokens; 16 is what vLLM and FlashInfer users run by default
+    kv_dtype: str | None = None  # None: that of the queries
 
 
 MODELS = {

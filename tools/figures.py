@@ -91,13 +91,20 @@ def landscape_line() -> str:
     )
 
 
-def provenance_line() -> str:
-    p = json.loads((RESULTS / "provenance.json").read_text())
-    hashes = ", ".join(f"{name} {value}" for name, value in p["source_hash"].items())
-    return (
-        f"Measured on one {p['gpu']} ({p['sm_count']} SMs, driver {p['driver']}), torch {p['torch']}, triton {p['triton']}, "
-        f"{p['date'][:10]}, commit {p['commit'][:10]}, kernel hashes {hashes}."
-    )
+def measured(step: str) -> dict:
+    """The run that the files of a step come from: the last one that made it."""
+    return [run for run in json.loads((RESULTS / "provenance.json").read_text())["runs"] if step in run["steps"]][-1]
+
+
+def provenance_line(*kernels: str) -> str:
+    lines = []
+    for name in kernels:
+        run = measured(f"referee-{name}")
+        lines.append(
+            f"{name.capitalize()}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
+            f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hash {run['source_hash'][name]}."
+        )
+    return "\n".join(lines)
 
 
 FIGURES = {
@@ -107,7 +114,7 @@ FIGURES = {
     "run": run_table,
     "search": search_table,
     "landscape": landscape_line,
-    "provenance": provenance_line,
+    "provenance": lambda: provenance_line("decode", "prefill"),
 }
 
 
@@ -120,9 +127,10 @@ def rendered(text: str) -> str:
 
 def stale_kernels() -> set[str]:
     """Kernels whose source is not the one that results/ was measured with."""
-    measured = list(json.loads((RESULTS / "provenance.json").read_text())["source_hash"].items())
-    measured += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
-    return {name for name, value in measured if template(name).source_hash != value}
+    pairs = [(name, measured(f"referee-{name}")["source_hash"][name]) for name in ("decode", "prefill")]
+    pairs += [pair for step in ("run", "run-again", "tests") for pair in measured(step)["source_hash"].items()]
+    pairs += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
+    return {name for name, value in pairs if template(name).source_hash != value}
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python tools/measure.py OUT --commit HASH [--referee REFEREE.py --peers DIR] [--skip tests,referee,run]
 
-OUT/provenance.json says what was measured on what; the other files are the tools' own output. A step that fails or runs
-out of time is named in the provenance, and the others still run.
+OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
+own output. A step that fails or runs out of time is named in the provenance, and the others still run.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     environment = environment_of(clock())
-    provenance: dict = {
+    provenance = args.out / "provenance.json"
+    runs = json.loads(provenance.read_text())["runs"] if provenance.exists() else []
+    run: dict = {
         "gpu": environment.gpu, "sm_count": environment.sm_count, "driver": environment.driver, "triton": environment.triton,
         "torch": environment.torch, "commit": args.commit, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source_hash": {name: template(name).source_hash for name in NAMES}, "steps": {},
@@ -56,9 +58,9 @@ def main() -> None:
     skipped = [name for name in args.skip.split(",") if name] + ([] if args.referee else ["referee"])
     for name, (command, stdout, limit_s) in steps(args.out, args).items():
         if not any(name.startswith(prefix) for prefix in skipped):
-            provenance["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
+            run["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
             print(f"{name}: {outcome}", flush=True)
-            (args.out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+            provenance.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
 
 
 def _run(command: list[str], stdout: Path, limit_s: int) -> dict:

@@ -35,6 +35,7 @@ class Request:
     shape: Shape | None  # None: the standard ones
     sizes: Sizes | None  # None: the standard ones
     dtype: str
+    kv_dtype: str | None = None  # None: the shape's own, or that of the queries
 
     def measured(self, gpu: Environment) -> Plan:
         """Everything that was asked for. Shapes that differ in their number of KV heads alone share a key."""
@@ -64,7 +65,8 @@ class Request:
 
     def _key(self, kernel: str, shape: Shape, gpu: Environment) -> Key:
         group = 1 if kernel == "append" else shape.q_heads // shape.kv_heads
-        return Key(kernel, gpu.gpu, gpu.sm_count, shape.head_dim, shape.page_size, group, self.dtype, self.dtype)
+        kv_dtype = self.kv_dtype or shape.kv_dtype or self.dtype
+        return Key(kernel, gpu.gpu, gpu.sm_count, shape.head_dim, shape.page_size, group, self.dtype, kv_dtype)
 
     def _workloads(self, kernel: str, kv_heads: int) -> list[Workload]:
         if self.sizes is None:
@@ -120,5 +122,6 @@ def _option(name: str) -> str:
 
 def _summary(key: Key, landscape: Landscape) -> str:
     group = "" if key.kernel == "append" else f" q_heads_per_kv={key.q_heads_per_kv}"
+    kv_dtype = "" if key.kv_dtype == key.q_dtype else f" with {key.kv_dtype} KV"
     heads = "/".join(str(n) for n in sorted({w.kv_heads for w in landscape.workloads(key)}))
-    return f"{key.kernel} head_dim={key.head_dim} page_size={key.page_size}{group} kv_heads={heads} {key.q_dtype}"
+    return f"{key.kernel} head_dim={key.head_dim} page_size={key.page_size}{group} kv_heads={heads} {key.q_dtype}{kv_dtype}"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--q-heads", type=AT_LEAST_1)
 @click.option("--kv-heads", type=AT_LEAST_1)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16", show_default=True)
+@click.option("--kv-dtype", type=click.Choice(["float8_e4m3fn", "float8_e5m2"]), help="Of the KV cache. [default: --dtype]")
 @click.option("--batch-size", type=AT_LEAST_1, help="One workload, not the standard ones: with --kv-len.")
 @click.option("--kv-len", type=AT_LEAST_1, help="Mean KV tokens a sequence, the new ones included.")
 @click.option("--q-len", type=AT_LEAST_1, help="Mean new tokens a sequence. [default: 1; prefill: --kv-len]")
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 @as_json
 def command(
     gpu: str, kernel: str, model: str | None, head_dim: int | None, page_size: int | None, q_heads: int | None,
-    kv_heads: int | None, dtype: str, batch_size: int | None, kv_len: int | None, q_len: int | None, ragged: bool,
-    trials: int | str, budget: float | None, seed: int, devices: str | None, replay: str | None, db: Path | None,
+    kv_heads: int | None, dtype: str, kv_dtype: str | None, batch_size: int | None, kv_len: int | None, q_len: int | None,
+    ragged: bool, trials: int | str, budget: float | None, seed: int, devices: str | None, replay: str | None, db: Path | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Search for the fastest configs and keep them in the database.
@@ -57,6 +58,7 @@ def command(
         shape_of(model, head_dim=head_dim, page_size=page_size, q_heads=q_heads, kv_heads=kv_heads),
         sizes_of(None if kernel == "all" else kernel, batch_size, kv_len, q_len, ragged),
         dtype,
+        kv_dtype,
     )
     landscape, announcement = source.choose(gpu, _device(devices), replay)
     click.echo(announcement, err=as_json)

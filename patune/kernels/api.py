@@ -33,6 +33,7 @@ def paged_decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     max_kv_len: int | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
     config: Values | None = None,
@@ -49,6 +50,8 @@ def paged_decode(
     sinks: [q_heads], a logit a head that takes part in the softmax's denominator only.
     k_scale, v_scale: what the cache's values are multiplied with; a float, or one fp32 element on the device.
     max_kv_len: the longest sequence as far as the host knows; helps the choice of a config, never the result.
+    deterministic: a sequence's result is the same to the bit whatever else is in the batch, and wherever it stands in it.
+        Without, splits follow from the whole batch; two calls with the same arguments agree to the bit either way.
     config: tunables to use instead of the table's. out: where to write, like q.
 
     Returns out like q; with return_lse a tuple of it and lse, fp32 [tokens, q_heads], the natural log of the sum of exp of
@@ -71,7 +74,7 @@ def paged_decode(
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
     torch.ops.patune.paged_decode(
         q, *given.kv, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout, q_len_per_seq,
-        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, _values(DECODE, config),
+        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic, _values(DECODE, config),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

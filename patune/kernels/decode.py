@@ -20,9 +20,21 @@ from .problem import AttentionProblem
 from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 
+MIN_SHARE = tl.constexpr(128)  # tokens of a share that follows from its own sequence alone
+
 
 @triton.jit
-def share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW):
+def first_key(kv_len, window, Q_LEN: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The first key that any query of a sequence sees."""
+    if HAS_WINDOW:
+        return tl.maximum(kv_len - Q_LEN + 1 - window, 0)
+    else:
+        return kv_len * 0
+
+
+@triton.jit
+def share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
+               BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):  # fmt: skip
     """Tokens a share: all that the batch must read, over num_splits shares a sequence, in whole tiles.
 
     Lengths sum to at most the pages in use, so there are at most num_splits * batch_size + batch_size - 1 shares.
@@ -36,36 +48,66 @@ def share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, 
 
 
 @triton.jit
-def first_key(kv_len, window, Q_LEN, HAS_WINDOW: tl.constexpr):
-    """The first key that any query of a sequence sees."""
-    if HAS_WINDOW:
-        return tl.maximum(kv_len - Q_LEN + 1 - window, 0)
-    else:
-        return kv_len * 0
+def own_share_size(seen, num_splits, BLOCK_N: tl.constexpr):
+    """Tokens a share where a sequence's own keys alone may decide: num_splits shares, none below MIN_SHARE tokens."""
+    share = tl.maximum(tl.cdiv(seen, num_splits), MIN_SHARE)
+    return tl.cdiv(share, BLOCK_N) * BLOCK_N
 
 
 @triton.jit
-def find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, share, window, target, BY_ITEM: tl.constexpr,
-               Q_LEN: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
-    """Walk the batch's shares in order. Returns (a sequence, the first share of that sequence).
+def count_shares(kv_len, share, window, mask, Q_LEN: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Shares of each sequence; an empty one has one, which writes zeros."""
+    count = tl.cdiv(kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW), share)
+    return tl.where(mask, tl.maximum(count, 1), 0)
 
-    The sequence is the one that holds share `target` if BY_ITEM, else sequence `target` itself. A share past the
-    last one gives batch_size.
+
+@triton.jit
+def find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits, window, item, Q_LEN: tl.constexpr,
+               PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """Walk the batch's shares in order. Returns (the sequence of share `item`, that sequence's first share, share size).
+
+    A share past the last one gives batch_size.
     """
-    b = 0
-    first = 0
+    share = 1
+    found = tl.full([], 0, tl.int64)  # sequences before it, and in the upper half their shares: one reduction for both
     total = 0
     for start in range(0, batch_size, BLOCK_B):
         offs = start + tl.arange(0, BLOCK_B)
         kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, offs, offs < batch_size, PAGE_SIZE)
-        count = tl.cdiv(kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW), share)
-        count = tl.where(offs < batch_size, tl.maximum(count, 1), 0)  # an empty sequence has one: it writes zeros
+        if start == 0:  # after the loads above have been sent, so that the latency is paid once
+            share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
+        count = count_shares(kv_len, share, window, offs < batch_size, Q_LEN, HAS_WINDOW)
         end = total + tl.cumsum(count, 0)
-        before = (offs < batch_size) & ((end <= target) if BY_ITEM else (offs < target))
-        b += tl.sum(before.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(before, end, 0), 0))
-        total = tl.max(end, 0)
-    return b, first
+        before = (offs < batch_size) & (end <= item)
+        found += tl.sum(tl.where(before, (count.to(tl.int64) << 32) + 1, 0), 0)
+        if start + BLOCK_B < batch_size:
+            total = tl.max(end, 0)
+    return found.to(tl.int32), (found >> 32).to(tl.int32), share
+
+
+@triton.jit
+def shares_before(kv_indptr_ptr, kv_last_page_len_ptr, b, share, window, Q_LEN: tl.constexpr, PAGE_SIZE: tl.constexpr,
+                  HAS_WINDOW: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+    """How many shares the sequences before b have."""
+    first = 0
+    for start in range(0, b, BLOCK_B):
+        offs = start + tl.arange(0, BLOCK_B)
+        kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, offs, offs < b, PAGE_SIZE)
+        first += tl.sum(count_shares(kv_len, share, window, offs < b, Q_LEN, HAS_WINDOW), 0)
+    return first
+
+
+@triton.jit
+def to_fp16(q):
+    """q times a power of two that brings its largest element to about 2^14, as fp16, and that power.
+
+    fp8 becomes fp16 in one instruction for two elements and bf16 in several: an fp8 decode of 512 tokens' worth went from 164
+    to 107 us on an H100. fp16 has more mantissa than bf16 but less range, hence the factor.
+    """
+    size = tl.abs(q.to(tl.float32))
+    largest = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
+    q_scale = tl.exp2(14 - tl.floor(tl.log2(tl.maximum(largest, 1e-30))))
+    return (q.to(tl.float32) * q_scale).to(tl.float16), q_scale
 
 
 @triton.jit(
@@ -79,7 +121,7 @@ def decode_split(
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
     stride_ot, stride_oh, stride_od,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, PDL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, OWN_SHARES: tl.constexpr, FP16_DOT: tl.constexpr, PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Stage 1. Grid (kv_heads * row blocks, shares)."""
@@ -88,26 +130,35 @@ def decode_split(
     head_block = tl.program_id(0)
     kv_head = head_block // ROW_BLOCKS
     item = tl.program_id(1)
-    if PDL:  # stage 2 may take its place as soon as the last program of this stage has taken one
-        gdc_launch_dependents()
+    if PDL:
+        if num_splits > 1:
+            gdc_launch_dependents()  # stage 2 may take its place as soon as this stage's last program has taken one
+        gdc_wait()  # for whatever ran before, also for who may write the page table
 
-    share = 0
-    first_item = item
     b = item
+    first_item = item
+    share = 0
     if num_splits > 1:
-        share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
-        if batch_size == 1:
+        if OWN_SHARES:
+            b = item // num_splits
+            first_item = b * num_splits
+        elif batch_size == 1:
             b = 0
             first_item = 0
         else:
-            b, first_item = find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, share, window, item, True,
-                                       Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)  # fmt: skip
+            b, first_item, share = find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits, window, item,
+                                              Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW, BLOCK_B)  # fmt: skip
     if b >= batch_size:  # the grid holds the most shares that this batch could need
         return
 
     first_page = tl.load(kv_indptr_ptr + b)
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
     seen_from = first_key(kv_len, window, Q_LEN, HAS_WINDOW)
+    if num_splits > 1:
+        if OWN_SHARES:
+            share = own_share_size(kv_len - seen_from, num_splits, BLOCK_N)
+        elif batch_size == 1:
+            share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
     lo = seen_from + (item - first_item) * share
     hi = kv_len
     if num_splits > 1:
@@ -116,7 +167,7 @@ def decode_split(
         return
 
     rows = (head_block % ROW_BLOCKS) * BLOCK_M + tl.arange(0, BLOCK_M)
-    heads = kv_head * GROUP + rows % GROUP
+    heads = kv_head.to(tl.int64) * GROUP + rows % GROUP
     tokens = b.to(tl.int64) * Q_LEN + rows // GROUP
     offs_d = tl.arange(0, BLOCK_D)
     q_mask = (rows < ROWS)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -125,6 +176,9 @@ def decode_split(
     qk_scale = sm_scale
     if k_scale_ptr is not None:
         qk_scale *= tl.load(k_scale_ptr)
+    if FP16_DOT:
+        q, q_scale = to_fp16(q)
+        qk_scale /= q_scale
     exponent = qk_scale * LOG2E  # of the logits inside exp2
     if HAS_SOFT_CAP:
         exponent = LOG2E
@@ -201,20 +255,25 @@ def decode_reduce(
     kv_indptr_ptr, kv_last_page_len_ptr, sinks_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     v_scale, window, batch_size, num_splits, stride_ot, stride_oh, stride_od,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, OWN_SHARES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Stage 2. Grid (q_heads, query tokens, BLOCK_D / BLOCK_DV); BLOCK_S shares are read at a time."""
-    head = tl.program_id(0)
+    """Stage 2. Grid (kv_heads * head blocks, query tokens, BLOCK_D / BLOCK_DV); BLOCK_S shares of BLOCK_H heads at a time."""
+    HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    kv_head = tl.program_id(0) // HEAD_BLOCKS
+    kv_heads = tl.num_programs(0) // HEAD_BLOCKS
     token = tl.program_id(1)
     b = token // Q_LEN
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
-    share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
-    count = tl.cdiv(kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW), share)
-    first = 0
-    if (batch_size > 1) & (count > 1):
-        _, first = find_share(kv_indptr_ptr, kv_last_page_len_ptr, batch_size, share, window, b, False,
-                              Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)  # fmt: skip
+    seen = kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW)
+    if OWN_SHARES:
+        share = own_share_size(seen, num_splits, BLOCK_N)
+        first = b * num_splits
+    else:
+        share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
+        first = shares_before(kv_indptr_ptr, kv_last_page_len_ptr, b, share, window, Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)
+    count = tl.cdiv(seen, share)
 
     if PDL:
         # All of the above needed only the page table, which is older than stage 1. Every program waits, also one that
@@ -223,37 +282,38 @@ def decode_reduce(
     if count <= 1:  # stage 1 wrote this row
         return
 
-    kv_heads = tl.num_programs(0) // GROUP
-    ROWS: tl.constexpr = GROUP * Q_LEN
-    row = (head // GROUP) * ROWS + (token % Q_LEN) * GROUP + head % GROUP
+    in_group = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
+    rows = (token % Q_LEN) * GROUP + in_group
+    heads = kv_head.to(tl.int64) * GROUP + in_group
     offs_d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    m = float("-inf")
-    l = 0.0
-    acc = tl.zeros([BLOCK_DV], tl.float32)
+    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
     for start in range(0, count, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        slot = (first + splits).to(tl.int64) * (kv_heads * ROWS) + row
-        lse = tl.load(partial_lse_ptr + slot, mask=splits < count, other=float("-inf"))  # [BLOCK_S]
-        o = tl.load(partial_ptr + slot[:, None] * BLOCK_D + offs_d[None, :], mask=(splits < count)[:, None], other=0.0)
+        slot = ((first + splits).to(tl.int64) * kv_heads + kv_head)[:, None] * (GROUP * Q_LEN) + rows[None, :]
+        mask = (splits < count)[:, None] & (in_group < GROUP)[None, :]  # [BLOCK_S, BLOCK_H]
+        lse = tl.load(partial_lse_ptr + slot, mask=mask, other=float("-inf"))
+        o = tl.load(partial_ptr + slot[:, :, None] * BLOCK_D + offs_d[None, None, :], mask=mask[:, :, None], other=0.0)
         m_new = tl.maximum(m, tl.max(lse, 0))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(lse - shift)
+        weight = tl.exp2(lse - shift[None, :])
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha + tl.sum(o * weight[:, None], 0)
+        acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], 0)
         m = m_new
     if sinks_ptr is not None:
-        m, l, alpha = add_sink(tl.load(sinks_ptr + head).to(tl.float32), m, l)
-        acc *= alpha
+        m, l, alpha = add_sink(tl.load(sinks_ptr + heads, mask=in_group < GROUP, other=0.0).to(tl.float32), m, l)
+        acc *= alpha[:, None]
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
-    o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))
-    out = out_ptr + token.to(tl.int64) * stride_ot + head * stride_oh + offs_d * stride_od
-    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
+    out = out_ptr + token.to(tl.int64) * stride_ot + heads[:, None] * stride_oh + offs_d[None, :] * stride_od
+    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(in_group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :])
     if lse_ptr is not None:
         if tl.program_id(2) == 0:
             lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
-            tl.store(lse_ptr + token.to(tl.int64) * tl.num_programs(0) + head, lse)
+            tl.store(lse_ptr + token.to(tl.int64) * (kv_heads * GROUP) + heads, lse, mask=in_group < GROUP)
 
 
 TUNABLES = {
@@ -262,17 +322,20 @@ TUNABLES = {
     "num_stages": (1, 2, 3, 4, 5),  # KV tiles in flight, and one more being read
     "num_splits": SPLITS,  # mean shares a sequence
 }
-JIT_FUNCTIONS = (dot, kv_length, cap_logits, softmax_step, add_sink, share_size, first_key, find_share, decode_split, decode_reduce)
-BLOCK_B = 128  # sequences looked at together when shares are counted
+JIT_FUNCTIONS = (
+    dot, kv_length, cap_logits, softmax_step, add_sink, share_size, own_share_size, first_key, count_shares, find_share,
+    shares_before, to_fp16, decode_split, decode_reduce,
+)  # fmt: skip
 
 
 def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
-    sm_scale, q_len=1, window=None, soft_cap=None, sinks=None, k_scale=None, v_scale=None, v_factor=1.0,
+    sm_scale, q_len=1, window=None, soft_cap=None, sinks=None, k_scale=None, v_scale=None, v_factor=1.0, own_shares=False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one decode: stage 1 alone if num_splits is 1, else both stages.
 
     q [batch * q_len, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [batch * q_len, q_heads] fp32 or None.
+    own_shares: cut each sequence by its own length alone, so that the rest of the batch cannot change a bit of its result.
     """
     batch_size, q_heads, head_dim = kv_indptr.shape[0] - 1, q.shape[1], q.shape[2]
     group, num_splits = q_heads // cache.kv_heads, config["num_splits"]
@@ -280,7 +343,7 @@ def launches(
     block_m = min(max(16, next_power_of_2(rows)), 64)
     block_d = max(16, next_power_of_2(head_dim))
     # share_size() says why there are at most this many; one sequence has exactly num_splits
-    shares = num_splits if batch_size == 1 else num_splits * batch_size + (batch_size - 1 if num_splits > 1 else 0)
+    shares = num_splits * batch_size + (batch_size - 1 if num_splits > 1 and not own_shares else 0)
     if max(shares, batch_size * q_len) > MAX_GRID_Y:
         raise ValueError(
             f"q: {batch_size} sequences in {num_splits} splits each need more than a grid's {MAX_GRID_Y} programs; cut the batch"
@@ -288,18 +351,20 @@ def launches(
     slots = shares * cache.kv_heads * rows if num_splits > 1 else 0  # empty, not None: None would compile another variant
     partial = torch.empty(slots * block_d, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(slots, dtype=torch.float32, device=q.device)
-    pdl = supports_pdl()
     shared = dict(
         kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, v_scale_ptr=v_scale,
         out_ptr=out, lse_ptr=lse, partial_ptr=partial, partial_lse_ptr=partial_lse, v_scale=v_factor,
         window=window or 0, batch_size=batch_size, num_splits=num_splits,
         stride_ot=out.stride(0), stride_oh=out.stride(1), stride_od=out.stride(2),
-        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, Q_LEN=q_len, HAS_WINDOW=window is not None, PDL=pdl,
-        BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
+        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, Q_LEN=q_len, HAS_WINDOW=window is not None,
+        OWN_SHARES=own_shares, PDL=supports_pdl(), BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d,
+        BLOCK_B=32 if batch_size <= 32 else 128,  # 32: every warp looks at the whole batch and none waits for another
+        **({"launch_pdl": True} if supports_pdl() else {}),
     )  # fmt: skip
     split = Launch(decode_split, (cache.kv_heads * ceil_div(rows, block_m), shares), dict(
         shared, q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, kv_indices_ptr=kv_indices, k_scale_ptr=k_scale,
         sm_scale=sm_scale, soft_cap=soft_cap or 0.0, HAS_SOFT_CAP=soft_cap is not None, BLOCK_M=block_m,
+        FP16_DOT=q.dtype == torch.bfloat16 and cache.k.dtype.itemsize == 1,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
         stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], stride_kt=cache.k_strides[2],
         stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], stride_vt=cache.v_strides[2],
@@ -307,12 +372,27 @@ def launches(
     ))  # fmt: skip
     if num_splits == 1:
         return [split]
-    # A few rows leave most SMs idle, so each is cut into 32 columns; many rows fill the GPU as they are.
-    block_dv = min(block_d, 32 if batch_size * q_len * q_heads <= 256 else 128)
-    reduce = Launch(decode_reduce, (q_heads, batch_size * q_len, block_d // block_dv), dict(
-        shared, BLOCK_S=16, BLOCK_DV=block_dv, num_warps=2 if block_dv == 32 else 4, **({"launch_pdl": True} if pdl else {}),
+    heads, columns, shares_read = reduce_tile(batch_size * q_len * q_heads, group, block_d, own_shares)
+    grid = (cache.kv_heads * ceil_div(group, heads), batch_size * q_len, block_d // columns)
+    reduce = Launch(decode_reduce, grid, dict(
+        shared, BLOCK_H=heads, BLOCK_DV=columns, BLOCK_S=shares_read, num_warps=4 if heads * columns > 64 else 2,
     ))  # fmt: skip
     return [split, reduce]
+
+
+def own_splits(kv_heads: int) -> int:
+    """The most shares of a sequence where it is cut by its own length alone: one program an SM for a single long one."""
+    return min(64, max(16, 128 // kv_heads))
+
+
+def reduce_tile(rows: int, group: int, block_d: int, own_shares: bool) -> tuple[int, int, int]:
+    """(heads, columns, shares) that a program of stage 2 reads at a time."""
+    if own_shares:  # the order of a sum depends on the tile, so the tile may not depend on the batch
+        return 1, min(block_d, 64), 16
+    if rows <= 256:  # so few would leave most SMs idle
+        return 1, min(block_d, 32), 16
+    heads = min(next_power_of_2(group), 16)
+    return heads, min(block_d, 128), max(2, 64 // heads) if heads > 1 else 16
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:

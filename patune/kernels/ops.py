@@ -17,6 +17,8 @@ from .template import Launch, Values
 
 _library = torch.library.Library("patune", "DEF")
 
+DETERMINISTIC_KV_LEN = 8192  # whose config a deterministic decode takes, whatever the batch
+
 _PAGES = "Tensor kv_indices, Tensor kv_indptr, Tensor kv_last_page_len"
 _OPTIONS = "int? window, float? soft_cap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float v_factor"
 
@@ -29,7 +31,7 @@ def run(launches: list[Launch], tensor: torch.Tensor) -> None:
             launch.run()
 
 
-def _config(template, values: list[int] | None, q, cache, *, batch_size, kv_len, ragged=False, features="") -> Values:
+def _config(template, values: list[int] | None, q, cache, *, batch_size, kv_len, q_len, ragged=False, features="") -> Values:
     """The caller's values in the order of the template's tunables, else the table's answer for these shapes."""
     if values is not None:
         return dict(zip(template.tunables, values, strict=True))
@@ -40,7 +42,7 @@ def _config(template, values: list[int] | None, q, cache, *, batch_size, kv_len,
             "q_heads_per_kv": 1 if template.name == "append" else q.shape[1] // cache.kv_heads,
             "q_dtype": str(q.dtype)[6:], "kv_dtype": str(cache.k.dtype)[6:], "features": features,
             "sm_count": device.sm_count, "device_name": device.name, "capability": device.capability,
-            "batch_size": batch_size, "kv_len": max(1, kv_len), "q_len": max(1, q.shape[0] // batch_size),
+            "batch_size": batch_size, "kv_len": max(1, kv_len), "q_len": max(1, q_len),
             "kv_heads": cache.kv_heads, "ragged": ragged,
         }
     )  # fmt: skip
@@ -58,7 +60,7 @@ def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | 
 
 def _paged_decode(
     q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, q_len, max_kv_len,
-    window, soft_cap, sinks, k_scale, v_scale, v_factor, config, kv_len=None,
+    window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, kv_len=None,
 ):  # fmt: skip
     batch_size = kv_indptr.shape[0] - 1
     if batch_size == 0:
@@ -67,11 +69,15 @@ def _paged_decode(
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     if max_kv_len is not None:  # a captured graph's kv_indices may be longer than what is in use
         kv_len = min(kv_len, max_kv_len)
-    values = _config(decode.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len,
-                     ragged=(max_kv_len or 0) >= 2 * kv_len, features=_features(window, soft_cap, sinks))  # fmt: skip
+    workload = dict(batch_size=batch_size, kv_len=kv_len, ragged=(max_kv_len or 0) >= 2 * kv_len)
+    if deterministic:
+        workload = dict(batch_size=1, kv_len=DETERMINISTIC_KV_LEN)
+    values = _config(decode.TEMPLATE, config, q, cache, q_len=q_len, features=_features(window, soft_cap, sinks), **workload)
+    if deterministic and config is None:
+        values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
     run(decode.launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, sm_scale=sm_scale, q_len=q_len, window=window,
-        soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor,
+        soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor, own_shares=deterministic,
     ), q)  # fmt: skip
 
 
@@ -85,8 +91,8 @@ def _paged_prefill(
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     ragged = (max_q_len or 0) * batch_size >= 2 * q.shape[0]
-    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len, ragged=ragged,
-                     features=_features(window, soft_cap, sinks))  # fmt: skip
+    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len, q_len=q.shape[0] // batch_size,
+                     ragged=ragged, features=_features(window, soft_cap, sinks))  # fmt: skip
     run(prefill.launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
         max_q_len=q.shape[0] if max_q_len is None else max_q_len,
@@ -102,7 +108,7 @@ def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_in
         return
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
-    values = _config(append.TEMPLATE, config, k, cache, batch_size=batch_size, kv_len=kv_len)
+    values = _config(append.TEMPLATE, config, k, cache, batch_size=batch_size, kv_len=kv_len, q_len=k.shape[0] // batch_size)
     run(append.launches(
         k, v, batch_indices, positions, cache, kv_indices, kv_indptr, values,
         k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor,
@@ -123,12 +129,13 @@ def _paged_attention_with_cache(
             k_factor, v_factor, None)  # fmt: skip
     out = q.new_empty(q.shape)
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
-    options = (window, soft_cap, sinks, k_scale, v_scale, v_factor, None, _mean_kv_len(kv_indices, kv_indptr, page_size))
+    options = (window, soft_cap, sinks, k_scale, v_scale, v_factor)
+    kv_len = _mean_kv_len(kv_indices, kv_indptr, page_size)
     _paged_prefill(q[:n], kv_cache, v_cache, qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1],
                    kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
-                   *options)  # fmt: skip
+                   *options, None, kv_len)  # fmt: skip
     _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
-                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options)  # fmt: skip
+                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len)  # fmt: skip
     out[end:].zero_()
     return out
 
@@ -143,7 +150,7 @@ def _define(name: str, schema: str, implementation, returns: str = "()", fake=la
 _define(
     "paged_decode",
     f"Tensor q, Tensor kv_cache, Tensor? v_cache, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, str kv_layout, "
-    f"SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, int[]? config",
+    f"SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, bool deterministic, int[]? config",
     _paged_decode,
 )
 _define(

@@ -3,10 +3,11 @@
 from ..models import Shape
 from ..workload import Workload
 
-# (kernel, shape): llama-3.1-8b at two page sizes, gpt-oss, llama-3.1-70b whole and split over 8 GPUs.
+# (kernel, shape): llama-3.1-8b at two page sizes and with an fp8 cache, gpt-oss, llama-3.1-70b whole and split over 8 GPUs.
 TARGETS = [
     ("decode", Shape(32, 8, 128, 16)),
     ("decode", Shape(32, 8, 128, 64)),
+    ("decode", Shape(32, 8, 128, 16, "float8_e4m3fn")),
     ("decode", Shape(64, 8, 64, 16)),
     ("decode", Shape(64, 8, 128, 16)),
     ("decode", Shape(8, 1, 128, 16)),

@@ -62,6 +62,50 @@ def test_one_captured_decode_is_right_for_any_lengths_up_to_its_bounds(num_split
         torch.testing.assert_close(results[-1][1], want_lse, rtol=1e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_a_decode_waits_for_what_ran_before_it(num_splits):
+    """Its stages are launched programmatically, before the work ahead of them has ended; 20 decodes, each of the last one's output.
+
+    What is ahead is a kernel, a copy, a memset and another stream; each writes something that the decode reads.
+    """
+    b = full(1)
+    config = dict(patune.get_best_config("decode", head_dim=128, page_size=16, q_heads_per_kv=4)) | {"num_splits": num_splits}
+    side, start = torch.cuda.Stream(), b.q.clone()
+    spoiled = torch.full_like(b.q, float("nan"))
+    last_page_len = b.kv_last_page_len.clone()
+
+    def chain(check=lambda: None):
+        q = b.q
+        q.copy_(spoiled)
+        for i in range(20):
+            here = torch.cuda.current_stream()
+            if i % 4 == 0:  # another stream
+                side.wait_stream(here)
+                with torch.cuda.stream(side):
+                    torch.cuda._sleep(20_000)
+                    q = start * 1.0 if i == 0 else q * 1.0
+                here.wait_stream(side)
+            elif i % 4 == 1:  # a memset, and a kernel behind it
+                b.kv_last_page_len.zero_()
+                b.kv_last_page_len.add_(last_page_len)
+            elif i % 4 == 2:  # a copy
+                b.q.copy_(q)
+                q = b.q
+            check()
+            q = patune.paged_decode(q, b.kv_cache, *b.table, config=config) * 4
+            check()
+        return q
+
+    want = chain(torch.cuda.synchronize)
+    results = []
+    graph = capture(lambda: results.append(chain()))
+    for _ in range(5):
+        results[-1].fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(results[-1], want)
+        assert torch.equal(chain(), want)
+
+
 def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds():
     """Also for fewer new tokens than were captured; rows past the last sequence are not written."""
     b = full(500)

@@ -68,6 +68,28 @@ def test_decode_equals_the_reference_with_any_number_of_splits(case):
         assert_lse_close(lse, want_lse, b.limit)
 
 
+@pytest.mark.parametrize(
+    "case", [Real((20000, 1, 700, 0, 4096, 129) + (90,) * 60), Real((8192, 5, 300, 77), 4, kv_heads=1)], ids=str
+)
+def test_a_deterministic_row_is_the_same_to_the_bit_whatever_else_is_in_the_batch(case):
+    """With the table's config, each of the first sequences alone and in a batch of copies of itself and others."""
+    b = Buffers(case)
+    options = dict(q_len_per_seq=b.q_lens[0], deterministic=True, return_lse=True)
+    out, lse = patune.paged_decode(b.q, b.kv_cache, *b.table, **options)
+    assert_close(out, b.reference()[0], b.limit)
+    q = b.q.unflatten(0, (-1, b.q_lens[0]))
+    for i in range(4):
+        for others in ([], [0, 2, 2], [1] * 200):
+            batch = [*others, i]
+            pages = [b.kv_indices[b.kv_indptr[j] : b.kv_indptr[j + 1]] for j in batch]
+            indptr = torch.tensor([0, *(len(p) for p in pages)], device="cuda").cumsum(0).to(torch.int32)
+            got, got_lse = patune.paged_decode(
+                q[batch].flatten(0, 1), b.kv_cache, torch.cat(pages), indptr, b.kv_last_page_len[batch], **options
+            )
+            rows = slice(i * b.q_lens[0], (i + 1) * b.q_lens[0])
+            assert torch.equal(got[-b.q_lens[0] :], out[rows]) and torch.equal(got_lse[-b.q_lens[0] :], lse[rows])
+
+
 PREFILL = {
     "2k prompt d128 p16 g4": Real((2048,), (2048,)),
     "ragged prompts p64": Real((1500, 1, 700, 64, 65), (1500, 1, 700, 64, 65), page_size=64),

@@ -34,6 +34,24 @@ def test_any_number_of_splits_gives_the_same_output(kv_lens, num_splits):
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
 
 
+@given(st.lists(st.integers(0, 700), min_size=2, max_size=4), st.integers(1, 3), st.sampled_from((SPLIT, None)))
+@example([300, 0, 700], 1, None)
+@settings(max_examples=15)
+def test_a_deterministic_row_is_the_same_to_the_bit_whatever_else_is_in_the_batch(kv_lens, q_len, config):
+    case = Case((q_len,) * len(kv_lens), tuple(max(n, q_len) if n else 0 for n in kv_lens), kv_heads=1, group=2)
+    batch = Batch(case, DEVICE)
+    options = dict(q_len_per_seq=q_len, deterministic=True, config=config, return_lse=True)
+    out, lse = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, **options)
+    for b in range(len(kv_lens)):
+        rows, ends = slice(b * q_len, (b + 1) * q_len), batch.kv_indptr[b : b + 2]
+        alone = patune.paged_decode(
+            batch.q[rows], batch.kv_cache, batch.kv_indices[ends[0] : ends[1]], ends - ends[0], batch.kv_last_page_len[b : b + 1],
+            **options,
+        )  # fmt: skip
+        assert torch.equal(out[rows], alone[0]) and torch.equal(lse[rows], alone[1])
+    assert_close(out, batch.reference()[0], 1e-4)
+
+
 def test_shares_follow_the_sequences_not_the_pool_or_the_list(device):
     """The pages behind the last sequence, in the pool or at the end of kv_indices, change neither work nor result."""
     batch = Batch(Case((1, 1), (50, 70)), device)
@@ -69,6 +87,24 @@ def test_one_set_of_tensors_serves_any_lengths(device):
         batch.kv_cache.nan_to_num_(0.25)
         got = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
         assert_close(got, batch.reference()[0], 1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+def test_an_fp8_cache_is_right_for_queries_of_any_size(size, device):
+    """bf16 queries are brought into fp16's range for the dots with an fp8 cache, so none overflows or vanishes."""
+    batch = Batch(Case((1, 1), (50, 170), dtype="bfloat16", kv_dtype="float8_e4m3fn"), device)
+    q, sm_scale = batch.q * size, batch.case.head_dim**-0.5 / size
+    got = patune.paged_decode(q, batch.kv_cache, *batch.pages, sm_scale, config=SPLIT)
+    want = patune.reference_paged_attention(q, batch.kv_cache, batch.qo_indptr, *batch.pages, sm_scale)
+    assert_close(got, want, 1e-2)
+
+
+def test_a_row_of_inf_spoils_no_other_row_of_its_tile(device):
+    batch = Batch(Case((1,), (90,), dtype="bfloat16", kv_dtype="float8_e4m3fn", kv_heads=1), device)
+    want = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
+    batch.q[0, 1] = float("inf")
+    got = patune.paged_decode(batch.q, batch.kv_cache, *batch.pages, config=SPLIT)
+    assert torch.equal(got[0, [0, 2, 3]], want[0, [0, 2, 3]])
 
 
 def test_a_single_split_launches_one_kernel():
