@@ -6,6 +6,7 @@ from typing import Any
 from ..cachedb.landscape import Landscape
 from ..cachedb.trial import Environment
 from ..errors import UsageError
+from ..kernels.registry import candidates
 from ..models import Shape, model
 from ..tuner.workloads import TARGETS, standard_workloads
 from ..workload import Key, Workload
@@ -43,8 +44,9 @@ class Request:
         plan: Plan = {}
         for kernel, shape in targets:
             if kernel in self.kernels:
-                workloads = plan.setdefault(self._key(kernel, shape, gpu), [])
-                workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
+                for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size):
+                    workloads = plan.setdefault(self._key(name, shape, gpu), [])
+                    workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
         return plan
 
     def replayed(self, landscape: Landscape) -> tuple[Plan, list[Key]]:
@@ -61,7 +63,7 @@ class Request:
                 plan[key] = recorded
         if not plan:
             raise UsageError(f"the landscape of {landscape.environment.gpu} has none of it, {self._alternatives(landscape)}")
-        return plan, [key for key in wanted if key not in plan]
+        return plan, [key for key in wanted if key not in plan and key.kernel in self.kernels]
 
     def _key(self, kernel: str, shape: Shape, gpu: Environment) -> Key:
         group = 1 if kernel == "append" else shape.q_heads // shape.kv_heads

@@ -11,6 +11,7 @@ from .checks import bad
 from .decode import TEMPLATE as DECODE
 from .ops import _library  # noqa: F401  registers torch.ops.patune
 from .prefill import TEMPLATE as PREFILL
+from .prefill_hopper import TEMPLATE as PREFILL_HOPPER
 from .template import Template, Values
 
 Scale = float | torch.Tensor | None
@@ -118,9 +119,11 @@ def paged_prefill(
     checks.check_values(given.cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len)
     out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(q.shape[:2], dtype=torch.float32) if return_lse else None
+    template = PREFILL_HOPPER if config is not None and set(config) == set(PREFILL_HOPPER.tunables) else PREFILL
     torch.ops.patune.paged_prefill(
         q, *given.kv, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout,
-        max_q_len, causal, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, _values(PREFILL, config),
+        max_q_len, causal, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor,
+        _values(template, config), template.name,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

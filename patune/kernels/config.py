@@ -10,7 +10,7 @@ from ..cachedb import lookup
 from ..errors import UsageError
 from .defaults import adapt, default_config
 
-KERNELS = ("decode", "prefill", "append")
+KERNELS = ("decode", "prefill", "prefill_hopper", "append")
 
 
 class Config(Mapping[str, int]):
@@ -69,10 +69,11 @@ def get_best_config(
 ) -> Config:
     """The best known config of a kernel for a workload.
 
-    kernel: "decode", "prefill" or "append". page_size in tokens; kv_len and q_len are mean tokens a sequence; ragged if the
-    longest sequence is at least twice the mean. kv_dtype defaults to q_dtype. With neither device_name nor sm_count, the
-    current CUDA device is meant if there is one. Looks in the user's table, then in the ones that ship with patune:
-    this workload, else the nearest one, else another GPU of the same architecture, else a rule; `.source` says which.
+    kernel: "decode", "prefill", "prefill_hopper" (what paged_prefill prefers on a Hopper) or "append". page_size in tokens;
+    kv_len and q_len are mean tokens a sequence; ragged if the longest sequence is at least twice the mean. kv_dtype defaults to
+    q_dtype. With neither device_name nor sm_count, the current CUDA device is meant if there is one. Looks in the user's table,
+    then in the ones that ship with patune: this workload, else the nearest one, else another GPU of the same architecture, else
+    a rule; `.source` says which.
 
     Raises UsageError (a ValueError) for an unknown kernel or a size below 1.
     """
@@ -104,6 +105,14 @@ def find(query: dict) -> Config:
         return Config(default_config(query), "default")
     values = entry["config"] if source == "measured" else adapt(entry, query)
     return Config(values, source, lookup.provenance(entry))
+
+
+def find_either(first: dict, second: dict) -> tuple[str, Config]:
+    """The kernel to take for a call that two can do: the faster one if the table has both for one workload, else the first."""
+    (a, _), (b, _) = (lookup.table().find(query) for query in (first, second))
+    same = a and b and all(a[field] == b[field] for field in ("gpu", *lookup.WORKLOAD_FIELDS))
+    query = second if a and b and same and b["us"] < a["us"] else first
+    return query["kernel"], find(query)
 
 
 def _plain(dtype: object) -> str:

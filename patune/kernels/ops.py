@@ -5,12 +5,13 @@ Nothing here synchronises with the host: configs follow from shapes, host argume
 """
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
-from . import append, decode, prefill
+from . import append, decode, prefill, prefill_hopper
 from .cache import paged_cache
-from .config import find
+from .config import find, find_either
 from .device import device_of
 from .indices import get_batch_indices_positions
 from .template import Launch, Values
@@ -31,21 +32,26 @@ def run(launches: list[Launch], tensor: torch.Tensor) -> None:
             launch.run()
 
 
-def _config(template, values: list[int] | None, q, cache, *, batch_size, kv_len, q_len, ragged=False, features="") -> Values:
+def _config(template, values: list[int] | None, q, cache, **workload) -> Values:
     """The caller's values in the order of the template's tunables, else the table's answer for these shapes."""
-    if values is not None:
-        return dict(zip(template.tunables, values, strict=True))
+    return _given(template, values) if values is not None else find(_query(template, q, cache, **workload))
+
+
+def _given(template, values: list[int]) -> Values:
+    return dict(zip(template.tunables, values, strict=True))
+
+
+def _query(template, q, cache, *, batch_size, kv_len, q_len, ragged=False, features="") -> dict:
+    """What the table is asked about a call."""
     device = device_of(q)
-    return find(
-        {
-            "kernel": template.name, "head_dim": cache.head_dim, "page_size": cache.page_size,
-            "q_heads_per_kv": 1 if template.name == "append" else q.shape[1] // cache.kv_heads,
-            "q_dtype": str(q.dtype)[6:], "kv_dtype": str(cache.k.dtype)[6:], "features": features,
-            "sm_count": device.sm_count, "device_name": device.name, "capability": device.capability,
-            "batch_size": batch_size, "kv_len": max(1, kv_len), "q_len": max(1, q_len),
-            "kv_heads": cache.kv_heads, "ragged": ragged,
-        }
-    )  # fmt: skip
+    return {
+        "kernel": template.name, "head_dim": cache.head_dim, "page_size": cache.page_size,
+        "q_heads_per_kv": 1 if template.name == "append" else q.shape[1] // cache.kv_heads,
+        "q_dtype": str(q.dtype)[6:], "kv_dtype": str(cache.k.dtype)[6:], "features": features,
+        "sm_count": device.sm_count, "device_name": device.name, "capability": device.capability,
+        "batch_size": batch_size, "kv_len": max(1, kv_len), "q_len": max(1, q_len),
+        "kv_heads": cache.kv_heads, "ragged": ragged,
+    }  # fmt: skip
 
 
 def _mean_kv_len(kv_indices, kv_indptr, page_size) -> int:
@@ -83,7 +89,7 @@ def _paged_decode(
 
 def _paged_prefill(
     q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, max_q_len,
-    causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, kv_len=None,
+    causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, template="prefill", kv_len=None,
 ):  # fmt: skip
     batch_size = kv_indptr.shape[0] - 1
     if batch_size == 0 or q.shape[0] == 0:
@@ -91,13 +97,22 @@ def _paged_prefill(
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     ragged = (max_q_len or 0) * batch_size >= 2 * q.shape[0]
-    values = _config(prefill.TEMPLATE, config, q, cache, batch_size=batch_size, kv_len=kv_len, q_len=q.shape[0] // batch_size,
-                     ragged=ragged, features=_features(window, soft_cap, sinks))  # fmt: skip
-    run(prefill.launches(
+    extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    workload = dict(batch_size=batch_size, kv_len=kv_len, q_len=q.shape[0] // batch_size, ragged=ragged,
+                    features=_features(window, soft_cap, sinks))  # fmt: skip
+    hopper = prefill_hopper.serves(device_of(q).capability, q, cache, out, **extras)
+    if config is not None:
+        if template == "prefill_hopper" and not hopper:
+            raise ValueError("config: is of the kernel for Hopper, which does not serve this call; leave it out")
+        values = _given(prefill.TEMPLATE if template == "prefill" else prefill_hopper.TEMPLATE, config)
+    elif hopper:
+        template, values = find_either(*(_query(t, q, cache, **workload) for t in (prefill_hopper.TEMPLATE, prefill.TEMPLATE)))
+    else:
+        template, values = "prefill", find(_query(prefill.TEMPLATE, q, cache, **workload))
+    launches, options = (prefill_hopper.launches, {}) if template == "prefill_hopper" else (prefill.launches, extras)
+    run(launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
-        max_q_len=q.shape[0] if max_q_len is None else max_q_len,
-        sm_scale=sm_scale, causal=causal, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
-        v_factor=v_factor,
+        max_q_len=q.shape[0] if max_q_len is None else max_q_len, sm_scale=sm_scale, causal=causal, v_factor=v_factor, **options,
     ), q)  # fmt: skip
 
 
@@ -133,9 +148,9 @@ def _paged_attention_with_cache(
     kv_len = _mean_kv_len(kv_indices, kv_indptr, page_size)
     _paged_prefill(q[:n], kv_cache, v_cache, qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1],
                    kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
-                   *options, None, kv_len)  # fmt: skip
+                   *options, None, kv_len=kv_len)  # fmt: skip
     _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
-                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len)  # fmt: skip
+                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len=kv_len)  # fmt: skip
     out[end:].zero_()
     return out
 
@@ -156,7 +171,7 @@ _define(
 _define(
     "paged_prefill",
     f"Tensor q, Tensor kv_cache, Tensor? v_cache, Tensor qo_indptr, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, "
-    f"str kv_layout, SymInt max_q_len, bool causal, {_OPTIONS}, int[]? config",
+    f'str kv_layout, SymInt max_q_len, bool causal, {_OPTIONS}, int[]? config, str template="prefill"',
     _paged_prefill,
 )
 _define(

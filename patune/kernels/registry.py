@@ -5,7 +5,13 @@ import importlib
 from ..errors import UsageError
 from .template import Template
 
-NAMES = ("decode", "prefill", "append")
+NAMES = ("decode", "prefill", "prefill_hopper", "append")
+
+
+def candidates(kernel: str, capability: str | None, head_dim: int, page_size: int) -> tuple[str, ...]:
+    """The templates that can run a kernel's calls of a shape on a GPU; where there are several, the table knows the faster one."""
+    hopper = capability == "9.0" and head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256)
+    return ("prefill", "prefill_hopper") if kernel == "prefill" and hopper else (kernel,)
 
 
 def template(name: str) -> Template:

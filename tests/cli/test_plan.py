@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from patune.cli.plan import KERNELS, Request, Sizes, shape_of
 from patune.models import Shape
 from patune.tuner.workloads import TARGETS, standard_workloads
@@ -17,8 +19,9 @@ def test_shapes_that_differ_in_kv_heads_alone_share_a_key_and_have_the_workloads
 
 
 def test_every_standard_target_is_planned():
+    prefill = {("prefill_hopper", s.head_dim, s.page_size, s.q_heads // s.kv_heads) for kernel, s in TARGETS if kernel == "prefill"}
     wanted = {(kernel, s.head_dim, s.page_size, 1 if kernel == "append" else s.q_heads // s.kv_heads) for kernel, s in TARGETS}
-    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted
+    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted | prefill
     assert {(k.gpu, k.sm_count, k.q_dtype, k.kv_dtype) for k in plan()} == {(H100.gpu, 132, "bfloat16", "bfloat16")}
 
 
@@ -27,6 +30,7 @@ def test_one_workload_means_the_usual_number_of_new_tokens_for_each_kernel():
     assert {key.kernel: w for key, (w,) in workloads.items()} == {
         "decode": Workload(4, 512, 1, 8, True),
         "prefill": Workload(4, 512, 512, 8, True),
+        "prefill_hopper": Workload(4, 512, 512, 8, True),
         "append": Workload(4, 512, 1, 8, True),
     }
 
@@ -35,3 +39,11 @@ def test_a_model_has_its_shape_but_for_the_page_size_that_is_given():
     assert shape_of("gpt-oss-20b", page_size=None) == Shape(64, 8, 64, 16)
     assert shape_of("gpt-oss-20b", page_size=64) == Shape(64, 8, 64, 64)
     assert shape_of(None, head_dim=80, q_heads=14, kv_heads=2, page_size=None) == Shape(14, 2, 80, 16)
+
+
+def test_the_hopper_kernel_is_tuned_with_prefill_and_only_where_it_can_run():
+    """Not on another architecture, nor for a shape that it does not take."""
+    other = replace(H100, gpu="NVIDIA A100-SXM4-80GB", sm_count=108, capability="8.0")
+    assert {key.kernel for key in plan(("prefill",))} == {"prefill", "prefill_hopper"}
+    assert {key.kernel for key in plan(("prefill",), Shape(8, 8, 80, 16))} == {"prefill"}
+    assert {key.kernel for key in Request(("prefill",), None, None, "bfloat16").measured(other)} == {"prefill"}

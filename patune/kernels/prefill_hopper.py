@@ -1,0 +1,139 @@
+"""Paged prefill on Hopper, template "prefill_hopper": what `paged_prefill` runs where `serves` says so; prefill_hopper_jit.py is
+its device code.
+
+It is a template of its own, not a tunable of "prefill": the two share no tunable but the tile, only one of them compiles
+for other GPUs, and each keeps its own landscape, stale only when its own device code changes. `paged_prefill` asks the table
+for both and takes the faster one where both were measured on one workload, else this one.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..workload import Key, Workload
+from . import prefill_hopper_jit as jit
+from .cache import PagedCache
+from .defaults import default_config, query_of
+from .device import device_of
+from .problem import AttentionProblem
+from .registry import candidates
+from .sizes import ceil_div
+from .template import Launch, Template, Values
+
+ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producer spills, and 504 is all that three groups have
+BLOCK_B = 64  # sequences looked at together when an item is found; more make the producer spill
+PROGRAM_AN_ITEM, STATIC, DYNAMIC = 1, 2, 3
+TUNABLES = {
+    "BLOCK_N": (64, 128),  # KV tokens a tile
+    "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
+    "schedule": (PROGRAM_AN_ITEM, STATIC, DYNAMIC),  # the last two with a program an SM: items dealt out, or taken in turn
+}
+JIT_FUNCTIONS = (
+    jit.sync, jit.signal, jit.exp2, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.page_ids,
+    jit.copy_tile, jit.produce, jit.softmax_step, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout,
+    jit.prefill_attention_hopper,
+)  # fmt: skip
+
+
+def serves(
+    capability: str | None, q, cache: PagedCache, out, *, window=None, soft_cap=None, sinks=None, k_scale=None, v_scale=None
+) -> bool:
+    """Whether the kernel takes a call: on Hopper, q and cache of 16 bits that TMA can address, and nothing extra."""
+    extras = (window, soft_cap, sinks, k_scale, v_scale)  # scales are tensors here; a float is folded into others before
+    return (
+        "prefill_hopper" in candidates("prefill", capability, cache.head_dim, cache.page_size)
+        and all(x is None for x in extras)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and cache.k.dtype == q.dtype
+        and q.stride(2) == out.stride(2) == 1
+        and _aligned(q, q.stride(0), q.stride(1))
+        and q.stride(0) >= (q.shape[1] - 1) * q.stride(1) + q.shape[2]
+        and matrix(cache.k, cache.k_strides, cache) is not None
+        and matrix(cache.v, cache.v_strides, cache) is not None
+    )
+
+
+def _aligned(x, *strides: int) -> bool:
+    """What TMA asks for: 16-byte multiples."""
+    return all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
+
+
+class Matrix(NamedTuple):
+    """K or V of a cache as a matrix, with a token's stride between its rows."""
+
+    rows: int
+    columns: int
+    page_rows: int  # from a page to the next one
+    head_rows: int  # from a head to the next one: rows in HND
+    head_columns: int  # columns in NHD
+
+
+def matrix(x: torch.Tensor, strides: tuple[int, int, int], cache: PagedCache) -> Matrix | None:
+    """K or V of the cache, `x`, as a matrix that TMA can address; None where its strides do not make one."""
+    page, head, token = strides
+    head = head if cache.kv_heads > 1 else 0
+    page = page if x.shape[0] > 1 else 0
+    across = token >= cache.kv_heads * cache.head_dim and (cache.kv_heads - 1) * head + cache.head_dim <= token
+    if x.shape[0] == 0 or token < cache.head_dim or page % token or (head % token and not across):
+        return None
+    if not _aligned(x, page, head, token):
+        return None
+    head_rows, head_columns = (0, head) if across else (head // token, 0)
+    rows = (x.shape[0] - 1) * (page // token) + (cache.kv_heads - 1) * head_rows + cache.page_size
+    columns = (cache.kv_heads - 1) * head_columns + cache.head_dim
+    return None if rows >= 1 << 31 else Matrix(rows, columns, page // token, head_rows, head_columns)
+
+
+def launches(
+    q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
+    qo_indptr, max_q_len, sm_scale, causal=True, v_factor=1.0,
+) -> list[Launch]:  # fmt: skip
+    """The launch of one prefill that `serves` takes; arguments as in prefill.launches."""
+    batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
+    # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
+    items = min(tokens // BLOCK_M + batch_size, ceil_div(max_q_len, BLOCK_M) * batch_size) * q_heads
+    programs = items if config["schedule"] == PROGRAM_AN_ITEM else min(items, device_of(q).sm_count)
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k, v = matrix(cache.k, cache.k_strides, cache), matrix(cache.v, cache.v_strides, cache)
+    assert k is not None and v is not None  # or `serves` would have said no
+    box = [min(cache.page_size, block_n), head_dim]
+    columns = (q_heads - 1) * q.stride(1) + head_dim
+    return [Launch(jit.prefill_attention_hopper, (programs,), dict(
+        q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], swizzled),
+        k_desc=TensorDescriptor(cache.k, [k.rows, k.columns], [cache.k_strides[2], 1], box, swizzled),
+        v_desc=TensorDescriptor(cache.v, [v.rows, v.columns], [cache.v_strides[2], 1], box, swizzled),
+        qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
+        counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
+        out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads,
+        stride_qh=q.stride(1), stride_ot=out.stride(0), stride_oh=out.stride(1),
+        k_page_rows=k.page_rows, k_head_rows=k.head_rows, k_head_columns=k.head_columns,
+        v_page_rows=v.page_rows, v_head_rows=v.head_rows, v_head_columns=v.head_columns,
+        PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
+        BLOCK_B=BLOCK_B, PING_PONG=True, WAIT_BETWEEN=True,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
+    ))]  # fmt: skip
+
+
+def invalid(config: Values, key: Key, workload: Workload) -> str | None:
+    """Why a point need not run: it cannot fit."""
+    block_n, stages = config["BLOCK_N"], config["num_stages"]
+    if key.head_dim > 128 and block_n > 64:
+        return "the accumulators of scores and output exceed the registers"
+    tiles = (BLOCK_M + 2 * stages * block_n) * key.head_dim * 2
+    if tiles + 8192 > 227 * 1024:  # and the barriers, and what the output is exchanged through
+        return "tiles in flight exceed shared memory"
+    return None
+
+
+TEMPLATE = Template(
+    name="prefill_hopper",
+    tunables=TUNABLES,
+    runtime=frozenset(),
+    invalid=invalid,
+    default=lambda key, workload: default_config(query_of(key, workload)),
+    problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
+    jit_functions=JIT_FUNCTIONS,
+)

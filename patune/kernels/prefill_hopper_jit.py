@@ -1,0 +1,498 @@
+"""Device code of the template "prefill_hopper": warp-specialised causal attention over a paged cache, for sm_90.
+
+A program is three warpgroups' worth of registers: a producer warp and two consumer groups of 64 query rows each. The producer
+finds work, and fills rings of K and V tiles by TMA, one box a page, straight from the pool. A consumer computes S = Q K^T,
+the online softmax, and O += P V with wgmma; P never leaves its registers. While one group is in its softmax the other one
+has the tensor cores (ping-pong, by two named barriers), and within a group the softmax of a tile overlaps the P V of the
+tile before.
+
+A program takes many items (128 query tokens of one head), the longest ones of the whole batch first. Keys are walked from
+the diagonal down to 0: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask.
+
+Barriers. Every ring has `full` (TMA's bytes have landed) and `empty` (both groups have read it), each counted with one running
+number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Items go from the producer to the groups through
+a ring of two records.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
+ROWS = gl.constexpr(64)  # query tokens of a consumer group: the M of one wgmma
+GROUPS = gl.constexpr(2)
+BLOCK_M = gl.constexpr(128)  # ROWS * GROUPS
+FIELDS = gl.constexpr(8)  # int32 slots of an item's record, six of them used
+TURN = gl.constexpr(8)  # named barriers TURN + group: the group's turn to issue; the compiler uses those below 8
+TAIL = gl.constexpr(10)  # both groups have cleared their part of V
+
+
+@gluon.jit
+def sync(barrier):
+    """Wait at a named barrier for both groups."""
+    gl.inline_asm_elementwise("bar.sync $1, 256; mov.b32 $0, $1;", "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def signal(barrier):
+    """Arrive at a named barrier where the other group waits."""
+    gl.inline_asm_elementwise("bar.arrive $1, 256; mov.b32 $0, $1;", "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def exp2(x):
+    """2^x in one instruction. gl.exp2 takes four, to keep denormal results, which weigh nothing here."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+# ---- the producer: which item is next, and its tiles
+
+
+@gluon.jit
+def sequences(
+    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
+):
+    """Query blocks and the level of the first one, of the sequences from `start` on; [BLOCK_B] each, 0 blocks after the last.
+
+    A block's level is how many blocks of keys lie before its end: its cost. A sequence's blocks have consecutive levels.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
+    b = start + gl.arange(0, BLOCK_B, layout)
+    inside = b < batch_size
+    q_len = gl.load(qo_indptr_ptr + b + 1, mask=inside, other=0) - gl.load(qo_indptr_ptr + b, mask=inside, other=0)
+    pages = gl.load(kv_indptr_ptr + b + 1, mask=inside, other=0) - gl.load(kv_indptr_ptr + b, mask=inside, other=0)
+    last = gl.load(kv_last_page_len_ptr + b, mask=inside, other=0)
+    kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0)
+    return (q_len + BLOCK_M - 1) // BLOCK_M, gl.maximum(kv_len - q_len, 0) // BLOCK_M
+
+
+@gluon.jit
+def blocks_above(
+    level, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
+):
+    """How many query blocks of the batch have a level above `level`, and one more than the highest level."""
+    count = 0
+    levels = 0
+    for start in range(0, batch_size, BLOCK_B):
+        blocks, first = sequences(qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE, BLOCK_B)
+        count += gl.sum(gl.minimum(gl.maximum(first + blocks - 1 - level, 0), blocks), 0)
+        levels = gl.maximum(levels, gl.max(first + blocks, 0))
+    return count, levels
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def find_block(
+    x, levels, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
+):
+    """The sequence, and the block within it, of query block x of the batch, counted from the highest level down."""
+    low = -1  # below the level that is looked for
+    high = levels - 1  # that level or above it
+    before = 0  # blocks above level `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        count, _ = blocks_above(middle, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+        if count <= x:
+            high = middle
+            before = count
+        else:
+            low = middle
+    b = 0
+    block = 0
+    rank = x - before  # among the sequences that have a block of this level
+    for start in range(0, batch_size, BLOCK_B):
+        blocks, first = sequences(qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE, BLOCK_B)
+        has = ((first <= high) & (high < first + blocks)).to(gl.int32)
+        hit = (has == 1) & (gl.associative_scan(has, 0, add) == rank + 1)
+        b += gl.sum(gl.where(hit, start + gl.arange(0, BLOCK_B, hit.type.layout), 0), 0)
+        block += gl.sum(gl.where(hit, high - first, 0), 0)
+        rank -= gl.sum(has, 0)
+    return b, block
+
+
+@gluon.jit
+def put(records, slot, FIELD: gl.constexpr, value):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    records.index(slot * FIELDS + FIELD).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def get(records, slot, FIELD: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(records.index(slot * FIELDS + FIELD).load(layout), 0)
+
+
+@gluon.jit
+def page_ids(page_ids_ptr, start, last_page, any_page, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr):
+    """Of the tile's boxes, all loads before the first use; past the end the last page again, whose rows nobody sees."""
+    ids = ()
+    for i in gl.static_range(BLOCK_N // BOX):
+        page = gl.minimum((start + i * BOX) // PAGE_SIZE, last_page)
+        ids = ids + (gl.load(page_ids_ptr + page, mask=any_page, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    return ids
+
+
+@gluon.jit
+def copy_tile(desc, ids, row, column, page_rows, full, tile):
+    """One box a page (or the part of a page that is the tile) into the tile's rows; `full` counts the bytes of all."""
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    BOXES: gl.constexpr = tile.shape[0] // BOX
+    mbarrier.expect(full, BOXES * desc.block_type.nbytes)
+    for i in gl.static_range(BOXES):
+        tma.async_copy_global_to_shared(desc, [ids[i] * page_rows + row, column], full, tile.slice(i * BOX, BOX, 0))
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, rings, work,
+    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: takes items, tells the groups about them, and keeps the rings full."""
+    q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty = rings
+    qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size, q_heads, stride_qh = work[:8]
+    k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns = work[8:]
+    STAGES: gl.constexpr = ks.shape[0]
+    BLOCK_N: gl.constexpr = ks.shape[1]
+    BOX: gl.constexpr = k_desc.block_type.shape[0]
+    blocks, levels = blocks_above(-1, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+    items = blocks * q_heads
+    programs = gl.num_programs(0)
+    item = gl.program_id(0)
+    taken = 0  # items so far
+    g = 0  # tiles so far
+    while item < items:
+        x = item // q_heads
+        head = item - x * q_heads  # heads of a group run side by side and share their KV in L2
+        b = 0
+        block = blocks - 1 - x
+        if batch_size > 1:
+            b, block = find_block(x, levels, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+        q_start = gl.load(qo_indptr_ptr + b)
+        q_len = gl.load(qo_indptr_ptr + b + 1) - q_start
+        first_page = gl.load(kv_indptr_ptr + b)
+        pages = gl.load(kv_indptr_ptr + b + 1) - first_page
+        kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + gl.load(kv_last_page_len_ptr + b), 0)
+        start = block * BLOCK_M
+        last_key = kv_len - 1  # of the first row; bottom-right aligned
+        end = kv_len
+        if CAUSAL:
+            last_key = kv_len - q_len + start
+            end = gl.minimum(kv_len, last_key + BLOCK_M)
+        tiles = gl.maximum((end + BLOCK_N - 1) // BLOCK_N, 1)  # without a key: one tile that is masked throughout
+
+        slot = taken % 2
+        mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
+        put(records, slot, 0, tiles)
+        put(records, slot, 1, last_key)
+        put(records, slot, 2, kv_len)
+        put(records, slot, 3, q_start + start)
+        put(records, slot, 4, q_len - start)
+        put(records, slot, 5, head)
+        mbarrier.arrive(item_full.index(slot), count=1)
+
+        kv_head = head // GROUP
+        page_ids_ptr = kv_indices_ptr + first_page
+        last_page = gl.maximum(pages - 1, 0)
+        key = (tiles - 1) * BLOCK_N
+        ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)
+        for i in range(tiles):
+            page_row = key % PAGE_SIZE  # 0 but where a page is larger than the tile
+            stage = g % STAGES
+            phase = ((g // STAGES) & 1) ^ 1
+            mbarrier.wait(k_empty.index(stage), phase)
+            row = k_head_rows * kv_head + page_row
+            copy_tile(k_desc, ids, row, k_head_columns * kv_head, k_page_rows, k_full.index(stage), ks.index(stage))
+            if i == 0:
+                for c in gl.static_range(GROUPS):
+                    mbarrier.wait(q_empty.index(c), (taken & 1) ^ 1)
+                    mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q_desc, [q_start + start + c * ROWS, head * stride_qh], q_full.index(c), q.index(c)
+                    )
+            mbarrier.wait(v_empty.index(stage), phase)
+            row = v_head_rows * kv_head + page_row
+            copy_tile(v_desc, ids, row, v_head_columns * kv_head, v_page_rows, v_full.index(stage), vs.index(stage))
+            key = gl.maximum(key - BLOCK_N, 0)
+            ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)  # while TMA runs
+            g += 1
+
+        taken += 1
+        if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
+            item = taken * programs + gl.where(taken % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+        else:
+            item = programs + gl.atomic_add(counters_ptr, 1)
+    slot = taken % 2
+    mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
+    put(records, slot, 0, 0)  # no tiles: the end
+    mbarrier.arrive(item_full.index(slot), count=1)
+    if DYNAMIC:
+        if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # the last one leaves them as they were found
+            gl.store(counters_ptr, 0)
+            gl.store(counters_ptr + 1, 0)
+
+
+# ---- the consumers
+
+
+@gluon.jit
+def softmax_step(s, last_key, start, exponent, m, l, MASKED: gl.constexpr):
+    """The online softmax in base 2 over one tile of logits s * exponent. Returns p, m, l and the factor for what came before.
+
+    With MASKED, keys after a row's last one are hidden, and a row may have seen none so far: its m is -inf.
+    """
+    if MASKED:
+        keys = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        s = gl.where(keys[None, :] <= last_key[:, None], s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * exponent)
+    shift = m_new
+    if MASKED:
+        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = exp2(s * exponent - shift[:, None])
+    alpha = exp2(m - shift)
+    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def step(
+    q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
+    GROUP_ID: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of tile t, the g-th, beside P V of the tile before. Both tiles' waits are done already."""
+    STAGES: gl.constexpr = ks.shape[0]
+    BLOCK_N: gl.constexpr = ks.shape[1]
+    stage = g % STAGES
+    before = (g - 1) % STAGES
+    S_LAYOUT: gl.constexpr = m.type.layout.parent
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    if not WAIT_BETWEEN:
+        mbarrier.wait(k_full.index(stage), (g // STAGES) & 1)
+    if PING_PONG:
+        sync(TURN + GROUP_ID)
+    s = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, vs.index(before), acc, is_async=True)
+    if PING_PONG:
+        signal(TURN + 1 - GROUP_ID)
+    s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    w, m, l, alpha = softmax_step(s, last_key, t * BLOCK_N, exponent, m, l, MASKED)
+    # These waits stand here, not before their use, for ptxas: it would move the wait for P V above the softmax, but not
+    # across the branches of these.
+    if WAIT_BETWEEN:
+        mbarrier.wait(k_full.index((g + 1) % STAGES), ((g + 1) // STAGES) & 1, pred=t > 0)
+    mbarrier.wait(v_full.index(stage), (g // STAGES) & 1)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    p = gl.convert_layout(w.to(p.dtype), p.type.layout, assert_trivial=True)
+    return p, m, l, acc
+
+
+@gluon.jit
+def clear_tail(v, rows, GROUP_ID: gl.constexpr):
+    """Zeros into the tile's rows from `rows` on: they may hold a NaN, which a weight of 0 would not silence."""
+    STEP: gl.constexpr = 8  # rows: what a swizzled tile can be sliced by
+    D: gl.constexpr = v.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0]) if D <= 256 else None
+    for i in gl.static_range(GROUP_ID, v.shape[0] // STEP, GROUPS):
+        if (i + 1) * STEP > rows:
+            part = v.slice(i * STEP, STEP, 0)
+            x = part.load(layout)
+            row = i * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
+            part.store(gl.where((row < rows)[:, None], x, 0.0).to(x.dtype))
+    fence_async_shared()
+    sync(TAIL)
+
+
+@gluon.jit
+def consume(
+    rings, results,
+    CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr,
+):  # fmt: skip
+    """A consumer group: 64 query rows of every item."""
+    q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty = rings
+    out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh = results
+    STAGES: gl.constexpr = ks.shape[0]
+    BLOCK_N: gl.constexpr = ks.shape[1]
+    D: gl.constexpr = ks.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    q = q.index(GROUP_ID)
+    q_full = q_full.index(GROUP_ID)
+    q_empty = q_empty.index(GROUP_ID)
+    if PING_PONG:
+        if GROUP_ID == 1:
+            signal(TURN)  # the first turn is group 0's
+    taken = 0
+    g = 0
+    mbarrier.wait(item_full.index(0), 0)
+    tiles = get(records, 0, 0)
+    while tiles > 0:
+        slot = taken % 2
+        first_key = get(records, slot, 1)
+        kv_len = get(records, slot, 2)
+        last_key = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT)) + kv_len - 1
+        full_end = kv_len
+        if CAUSAL:
+            last_key = gl.minimum(first_key + rows, kv_len - 1)
+            full_end = gl.minimum(first_key + GROUP_ID * ROWS + 1, kv_len)
+        full = gl.minimum(gl.maximum(full_end, 0) // BLOCK_N, tiles - 1)  # tiles that all rows see in full, the last one aside
+
+        # The tile at the end: nothing to overlap with yet.
+        stage = g % STAGES
+        phase = (g // STAGES) & 1
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
+        zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+        mbarrier.wait(q_full, taken & 1)
+        mbarrier.wait(k_full.index(stage), phase)
+        s = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        start = (tiles - 1) * BLOCK_N
+        w, m, l, _ = softmax_step(s, last_key, start, exponent, m, l, True)
+        p = gl.convert_layout(w.to(ks.dtype), P_LAYOUT, assert_trivial=True)
+        mbarrier.wait(v_full.index(stage), phase)
+        if start + BLOCK_N > kv_len:
+            clear_tail(vs.index(stage), kv_len - start, GROUP_ID)
+        if WAIT_BETWEEN:
+            mbarrier.wait(k_full.index((g + 1) % STAGES), ((g + 1) // STAGES) & 1, pred=tiles > 1)
+
+        g += 1
+        for t in range(tiles - 2, full - 1, -1):
+            p, m, l, acc = step(
+                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
+                GROUP_ID, True, PING_PONG, WAIT_BETWEEN,
+            )  # fmt: skip
+            g += 1
+        for t in range(full - 1, -1, -1):
+            p, m, l, acc = step(
+                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
+                GROUP_ID, False, PING_PONG, WAIT_BETWEEN,
+            )  # fmt: skip
+            g += 1
+
+        mbarrier.arrive(q_empty, count=1)
+        stage = (g - 1) % STAGES
+        acc = warpgroup_mma(p, vs.index(stage), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+
+        token = get(records, slot, 3)
+        valid = get(records, slot, 4)
+        head = get(records, slot, 5)
+        mbarrier.arrive(item_empty.index(slot), count=1)
+        lse_rows = token.to(gl.int64) + rows
+        factor = v_scale / gl.where(l == 0.0, 1.0, l)
+        o = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID)
+        if HAS_LSE:
+            lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
+            gl.store(lse_ptr + lse_rows * q_heads + head, lse, mask=rows < valid)
+
+        taken += 1
+        mbarrier.wait(item_full.index(taken % 2), (taken // 2) & 1)
+        tiles = get(records, taken % 2, 0)
+
+
+@gluon.jit
+def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr):
+    """o to the item's rows of the output, 16 bytes a thread after an exchange within groups of four threads."""
+    D: gl.constexpr = o.shape[1]
+    layout: gl.constexpr = row_layout(D)
+    o = gl.convert_layout(o.to(out_ptr.dtype.element_ty), layout)
+    rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, D, gl.SliceLayout(0, layout))
+    pointers = out_ptr + (token + rows).to(gl.int64)[:, None] * stride_ot + head * stride_oh + columns[None, :]
+    gl.store(pointers, o, mask=(rows < valid)[:, None])
+
+
+@gluon.constexpr_function
+def row_layout(D):
+    """[64, D] with 8 neighbouring columns a thread, its rows where the wgmma accumulator has them."""
+    wide = [[0, 1 << i] for i in range(5, D.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *wide],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, D],
+    )
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size", "q_heads", "stride_qh", "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows",
+        "v_head_columns",
+    ],
+    do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
+)  # fmt: skip
+def prefill_attention_hopper(
+    q_desc, k_desc, v_desc, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, out_ptr, lse_ptr,
+    sm_scale, v_scale, batch_size, q_heads, stride_qh, stride_ot, stride_oh,
+    k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
+    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_B: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Any grid (programs,): each takes its part of the items."""
+    D: gl.constexpr = k_desc.block_type.shape[1]
+    q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
+    ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
+    vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    item_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    records = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    for i in gl.static_range(2):
+        mbarrier.init(item_full.index(i), count=1)
+        mbarrier.init(item_empty.index(i), count=GROUPS)
+    rings = (q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty)
+    exponent = sm_scale * LOG2E
+    HAS_LSE: gl.constexpr = lse_ptr is not None
+    if not HAS_LSE:
+        lse_ptr = out_ptr  # a partition takes no None
+    DYNAMIC: gl.constexpr = counters_ptr is not None
+    if not DYNAMIC:
+        counters_ptr = qo_indptr_ptr
+    results = (out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh)
+    work = (
+        qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size, q_heads, stride_qh,
+        k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
+    )  # fmt: skip
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    gl.warp_specialize(
+        [
+            (consume, (rings, results, CAUSAL, HAS_LSE, FIRST, PING_PONG, WAIT_BETWEEN)),
+            (consume, (rings, results, CAUSAL, HAS_LSE, SECOND, PING_PONG, WAIT_BETWEEN)),
+            (produce, (q_desc, k_desc, v_desc, rings, work, PAGE_SIZE, GROUP, CAUSAL, DYNAMIC, BLOCK_B)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
