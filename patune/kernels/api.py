@@ -41,7 +41,7 @@ def paged_decode(
 ) -> Any:
     """Attention of q_len_per_seq new tokens a sequence over its paged KV cache, which already holds their K and V.
 
-    q: [batch * q_len_per_seq, q_heads, head_dim], bf16, fp16 or fp32, any strides; head_dim at most 256.
+    q: [batch * q_len_per_seq, q_heads, head_dim], bf16, fp16 or fp32, any strides; head_dim at most 512.
     kv_cache: one tensor [pages, 2, kv_heads, page_size, head_dim] (HND) or [pages, 2, page_size, kv_heads, head_dim]
         (NHD), or a (k, v) pair without the 2; q's dtype, or fp8 (e4m3fn, e5m2). q_heads must be a multiple of
         kv_heads, page_size 1 to 256.

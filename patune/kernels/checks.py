@@ -10,7 +10,7 @@ from .cache import LAYOUTS, PagedCache, paged_cache
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_PAGE_SIZE = 256
 MAX_HEAD_OFFSET = 1 << 31  # elements; the kernels' offsets over tokens and pages are 64-bit, over query heads 32-bit
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when kernels are imported, and torch.compile cannot trace the knob

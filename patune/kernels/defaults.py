@@ -12,15 +12,16 @@ def default_config(query: dict) -> dict:
     `query` has kernel, head_dim, q_dtype, sm_count, batch_size, kv_heads, kv_len and ragged; the sizes may be None.
     """
     large = query["head_dim"] > 128 or query["q_dtype"] == "float32"
+    huge = query["head_dim"] > 256
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
         return {"BLOCK_N": 64 if large else 128, "num_stages": 2, "schedule": 2}
     if query["kernel"] == "prefill":
-        return {"BLOCK_M": 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32 if huge else 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}
     # 2 programs an SM: 4% behind the best of an H100's landscape (d128, page 16, group 4, geometric mean), 14% at most.
     splits = fit_splits(2 * (query["sm_count"] or 132), query)
-    return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2 if large else 3, "num_splits": splits}
+    return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
 def fit_splits(programs: int, query: dict) -> int:

@@ -115,7 +115,7 @@ def test_a_single_split_launches_one_kernel():
         assert len(launches) == kernels
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 256, 512])
 def test_scratch_is_sized_by_this_call_not_by_an_earlier_one(head_dim, device):
     for d in (128, head_dim, 128):
         check_decode(Case((1,), (70,), head_dim=d), device, **SPLIT)
