@@ -32,7 +32,7 @@ TUNABLES = {
     "schedule": (PROGRAM_AN_ITEM, STATIC, DYNAMIC),  # the last two with a program an SM: items dealt out, or taken in turn
 }
 JIT_FUNCTIONS = (
-    jit.sync, jit.signal, jit.exp2, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.page_ids,
+    jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.page_ids,
     jit.copy_tile, jit.produce, jit.softmax_step, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout,
     jit.prefill_attention_hopper,
 )  # fmt: skip
