@@ -48,9 +48,9 @@ def share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN: tl.constexp
 
 
 @triton.jit
-def own_share_size(seen, num_splits, BLOCK_N: tl.constexpr):
-    """Tokens a share where a sequence's own keys alone may decide: num_splits shares, none below MIN_SHARE tokens."""
-    share = tl.maximum(tl.cdiv(seen, num_splits), MIN_SHARE)
+def own_share_size(seen, num_splits, MIN_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens a share where a sequence's own keys alone decide: at most num_splits shares of at least MIN_TOKENS."""
+    share = tl.maximum(tl.cdiv(seen, num_splits), MIN_TOKENS)
     return tl.cdiv(share, BLOCK_N) * BLOCK_N
 
 
@@ -101,8 +101,8 @@ def shares_before(kv_indptr_ptr, kv_last_page_len_ptr, b, share, window, Q_LEN: 
 def to_fp16(q):
     """q times a power of two that brings its largest element to about 2^14, as fp16, and that power.
 
-    fp8 becomes fp16 in one instruction for two elements and bf16 in several: an fp8 decode of 512 tokens' worth went from 164
-    to 107 us on an H100. fp16 has more mantissa than bf16 but less range, hence the factor.
+    fp8 becomes fp16 in one instruction for two elements and bf16 in several: a decode of 32 x 4096 tokens went from 161 to
+    107 us on an H100. fp16 has more mantissa than bf16 but less range, hence the factor.
     """
     size = tl.abs(q.to(tl.float32))
     largest = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
@@ -156,9 +156,9 @@ def decode_split(
     seen_from = first_key(kv_len, window, Q_LEN, HAS_WINDOW)
     if num_splits > 1:
         if OWN_SHARES:
-            share = own_share_size(kv_len - seen_from, num_splits, BLOCK_N)
+            share = own_share_size(kv_len - seen_from, num_splits, MIN_SHARE, BLOCK_N)
         elif batch_size == 1:
-            share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
+            share = own_share_size(kv_len - seen_from, num_splits, 1, BLOCK_N)
     lo = seen_from + (item - first_item) * share
     hi = kv_len
     if num_splits > 1:
@@ -256,23 +256,22 @@ def decode_reduce(
     v_scale, window, batch_size, num_splits, stride_ot, stride_oh, stride_od,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, Q_LEN: tl.constexpr,
     HAS_WINDOW: tl.constexpr, OWN_SHARES: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Stage 2. Grid (kv_heads * head blocks, query tokens, BLOCK_D / BLOCK_DV); BLOCK_S shares of BLOCK_H heads at a time."""
-    HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
-    kv_head = tl.program_id(0) // HEAD_BLOCKS
-    kv_heads = tl.num_programs(0) // HEAD_BLOCKS
+    """Stage 2. Grid (q_heads, query tokens, BLOCK_D / BLOCK_DV); BLOCK_S shares are read at a time."""
+    head = tl.program_id(0)
     token = tl.program_id(1)
     b = token // Q_LEN
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
     seen = kv_len - first_key(kv_len, window, Q_LEN, HAS_WINDOW)
+    first = b * num_splits
     if OWN_SHARES:
-        share = own_share_size(seen, num_splits, BLOCK_N)
-        first = b * num_splits
+        share = own_share_size(seen, num_splits, MIN_SHARE, BLOCK_N)
     else:
-        share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
-        first = shares_before(kv_indptr_ptr, kv_last_page_len_ptr, b, share, window, Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)
+        share = own_share_size(seen, num_splits, 1, BLOCK_N)
+        if batch_size > 1:
+            share = share_size(kv_indptr_ptr, batch_size, num_splits, window, Q_LEN, PAGE_SIZE, BLOCK_N, HAS_WINDOW)
+            first = shares_before(kv_indptr_ptr, kv_last_page_len_ptr, b, share, window, Q_LEN, PAGE_SIZE, HAS_WINDOW, BLOCK_B)
     count = tl.cdiv(seen, share)
 
     if PDL:
@@ -282,38 +281,37 @@ def decode_reduce(
     if count <= 1:  # stage 1 wrote this row
         return
 
-    in_group = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_H + tl.arange(0, BLOCK_H)
-    rows = (token % Q_LEN) * GROUP + in_group
-    heads = kv_head.to(tl.int64) * GROUP + in_group
+    kv_heads = tl.num_programs(0) // GROUP
+    ROWS: tl.constexpr = GROUP * Q_LEN
+    row = (head // GROUP) * ROWS + (token % Q_LEN) * GROUP + head % GROUP
     offs_d = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    m = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_DV], tl.float32)
+    m = float("-inf")
+    l = 0.0
+    acc = tl.zeros([BLOCK_DV], tl.float32)
     for start in range(0, count, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        slot = ((first + splits).to(tl.int64) * kv_heads + kv_head)[:, None] * (GROUP * Q_LEN) + rows[None, :]
-        mask = (splits < count)[:, None] & (in_group < GROUP)[None, :]  # [BLOCK_S, BLOCK_H]
-        lse = tl.load(partial_lse_ptr + slot, mask=mask, other=float("-inf"))
-        o = tl.load(partial_ptr + slot[:, :, None] * BLOCK_D + offs_d[None, None, :], mask=mask[:, :, None], other=0.0)
+        slot = (first + splits).to(tl.int64) * (kv_heads * ROWS) + row
+        lse = tl.load(partial_lse_ptr + slot, mask=splits < count, other=float("-inf"))  # [BLOCK_S]
+        o = tl.load(partial_ptr + slot[:, None] * BLOCK_D + offs_d[None, :], mask=(splits < count)[:, None], other=0.0)
         m_new = tl.maximum(m, tl.max(lse, 0))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(lse - shift[None, :])
+        weight = tl.exp2(lse - shift)
         alpha = tl.exp2(m - shift)
         l = l * alpha + tl.sum(weight, 0)
-        acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], 0)
+        acc = acc * alpha + tl.sum(o * weight[:, None], 0)
         m = m_new
     if sinks_ptr is not None:
-        m, l, alpha = add_sink(tl.load(sinks_ptr + heads, mask=in_group < GROUP, other=0.0).to(tl.float32), m, l)
-        acc *= alpha[:, None]
+        m, l, alpha = add_sink(tl.load(sinks_ptr + head).to(tl.float32), m, l)
+        acc *= alpha
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
-    o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    out = out_ptr + token.to(tl.int64) * stride_ot + heads[:, None] * stride_oh + offs_d[None, :] * stride_od
-    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=(in_group < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :])
+    o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))
+    out = out_ptr + token.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh + offs_d * stride_od
+    tl.store(out, o.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     if lse_ptr is not None:
         if tl.program_id(2) == 0:
             lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
-            tl.store(lse_ptr + token.to(tl.int64) * (kv_heads * GROUP) + heads, lse, mask=in_group < GROUP)
+            tl.store(lse_ptr + token.to(tl.int64) * tl.num_programs(0) + head, lse)
 
 
 TUNABLES = {
@@ -372,27 +370,18 @@ def launches(
     ))  # fmt: skip
     if num_splits == 1:
         return [split]
-    heads, columns, shares_read = reduce_tile(batch_size * q_len * q_heads, group, block_d, own_shares)
-    grid = (cache.kv_heads * ceil_div(group, heads), batch_size * q_len, block_d // columns)
-    reduce = Launch(decode_reduce, grid, dict(
-        shared, BLOCK_H=heads, BLOCK_DV=columns, BLOCK_S=shares_read, num_warps=4 if heads * columns > 64 else 2,
+    # A few rows leave most SMs idle, so each is cut. With shares of their own they all have one width: the order in which a
+    # sum is taken depends on it, and it may not depend on the batch.
+    columns = min(block_d, 64 if own_shares else 32 if batch_size * q_len * q_heads <= 256 else 128)
+    reduce = Launch(decode_reduce, (q_heads, batch_size * q_len, block_d // columns), dict(
+        shared, BLOCK_S=16, BLOCK_DV=columns, num_warps=4 if columns > 64 else 2,
     ))  # fmt: skip
     return [split, reduce]
 
 
 def own_splits(kv_heads: int) -> int:
-    """The most shares of a sequence where it is cut by its own length alone: one program an SM for a single long one."""
-    return min(64, max(16, 128 // kv_heads))
-
-
-def reduce_tile(rows: int, group: int, block_d: int, own_shares: bool) -> tuple[int, int, int]:
-    """(heads, columns, shares) that a program of stage 2 reads at a time."""
-    if own_shares:  # the order of a sum depends on the tile, so the tile may not depend on the batch
-        return 1, min(block_d, 64), 16
-    if rows <= 256:  # so few would leave most SMs idle
-        return 1, min(block_d, 32), 16
-    heads = min(next_power_of_2(group), 16)
-    return heads, min(block_d, 128), max(2, 64 // heads) if heads > 1 else 16
+    """The most shares of a sequence where it is cut by its own length alone: 16 of 8 KV heads are a program an SM."""
+    return min(32, max(16, 128 // kv_heads))
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
