@@ -160,6 +160,10 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
             raise bad("out", f"expected {q.dtype} on {q.device}, got {out.dtype} on {out.device}")
 
 
+def values_are_checked() -> bool:
+    return os.environ.get("PATUNE_CHECK") == "1"
+
+
 def check_values(
     cache: PagedCache,
     kv_indices: torch.Tensor,
@@ -173,7 +177,7 @@ def check_values(
     positions: torch.Tensor | None = None,
 ) -> None:
     """Under PATUNE_CHECK=1: the page table's values, at the price of a host sync. Off, the kernels trust them."""
-    if os.environ.get("PATUNE_CHECK") != "1" or kv_indptr.device.type == "meta" or torch.compiler.is_compiling():
+    if not values_are_checked() or kv_indptr.device.type == "meta" or torch.compiler.is_compiling():
         return
     starts, pages = kv_indptr.tolist(), cache.k.shape[0]
     if starts[0] < 0:

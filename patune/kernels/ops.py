@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import append, decode, prefill, prefill_hopper
+from .bound import Call
 from .cache import paged_cache
 from .config import find, find_either
 from .device import device_of
@@ -64,13 +65,14 @@ def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | 
     return ",".join(name for name, value in named if value is not None)
 
 
-def _paged_decode(
+def decode_call(
     q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, q_len, max_kv_len,
     window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, kv_len=None,
-):  # fmt: skip
+) -> Call | None:  # fmt: skip
+    """The call that operator paged_decode makes of its arguments; None if there is nothing to do."""
     batch_size = kv_indptr.shape[0] - 1
     if batch_size == 0:
-        return
+        return None
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     if max_kv_len is not None:  # a captured graph's kv_indices may be longer than what is in use
@@ -81,10 +83,20 @@ def _paged_decode(
     values = _config(decode.TEMPLATE, config, q, cache, q_len=q_len, features=_features(window, soft_cap, sinks), **workload)
     if deterministic and config is None:
         values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
-    run(decode.launches(
-        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, sm_scale=sm_scale, q_len=q_len, window=window,
-        soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor, own_shares=deterministic,
-    ), q)  # fmt: skip
+
+    def build(q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
+        return decode.launches(
+            q, paged_cache(kv_cache, v_cache, kv_layout), kv_indices, kv_indptr, kv_last_page_len, out, lse, values,
+            sm_scale=sm_scale, q_len=q_len, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+            v_factor=v_factor, own_shares=deterministic,
+        )  # fmt: skip
+
+    return Call(build, (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse))
+
+
+def _paged_decode(q, *arguments, kv_len=None):
+    if call := decode_call(q, *arguments, kv_len):
+        run(call.build(*call.tensors), q)
 
 
 def _paged_prefill(

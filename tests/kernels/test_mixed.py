@@ -176,7 +176,7 @@ def test_paged_decode_is_a_sound_operator(pair, lse):
     opcheck(
         torch.ops.patune.paged_decode.default,
         (batch.q, *split(batch.kv_cache), *batch.pages, torch.zeros_like(batch.q), log_sum, 0.1, "HND", 1, 30, 7, 5.0,
-         torch.zeros(8, device=DEVICE), None, torch.ones(1, device=DEVICE), 1.0, [16, 4, 2, 2]),
+         torch.zeros(8, device=DEVICE), None, torch.ones(1, device=DEVICE), 1.0, False, [16, 4, 2, 2]),
     )  # fmt: skip
 
 

@@ -14,7 +14,10 @@ from patune.kernels import config
 DECODE = {"decode_split": 1, "decode_reduce": 1}
 STREAMS = {
     "decode kv_len": DECODE,
-    "decode batch": DECODE | {"decode_reduce": 2},  # few rows are reduced in narrower columns
+    "decode batch": {
+        "decode_split": 2,
+        "decode_reduce": 2,
+    },  # up to 32 sequences are counted in another way; few rows in narrower columns
     "decode num_splits": DECODE,
     "decode window": DECODE,
     "decode alignment": DECODE,

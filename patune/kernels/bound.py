@@ -1,0 +1,201 @@
+"""Bound calls: the host pays for a repeated eager call's key, its pointers and its launches, and for little else.
+
+The checks of a call, its config, its grids and the compiled kernels that serve it follow from its key: shapes, strides, dtypes, the
+alignment of pointers, the host's arguments and the table. The first call of a key takes the ordinary way, through every check,
+the operator and Triton's JIT, and leaves a Bound behind; the next ones only hand their pointers to its launches. A call that
+something could observe, or that is not plain eager work on the current device, has no key and always takes the ordinary way.
+
+What is bound relies on a rule that every template keeps: launches follow from the key, up to pointers, and building them does
+nothing on the device but allocate scratch, whose contents no launch relies on, and take views.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from operator import itemgetter
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from ..cachedb import lookup
+from .checks import INTERPRETED, values_are_checked
+from .config import Config
+from .sizes import ceil_div
+from .template import Launch
+
+MAX_BOUND = 256  # keys; the length of kv_indices, and so the key, changes as a server's sequences grow
+SCRATCH_ALIGNMENT = 128  # bytes: a cache line, and a multiple of the 16 that Triton specialises pointers on
+PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}  # another class may give an operator another meaning
+IMMUTABLE = (type(None), bool, int, float, str, Config)
+
+_bound: dict[tuple, "Bound"] = {}
+
+
+class Call(NamedTuple):
+    """A call with its config: `build(*tensors)` gives its launches, and likewise those of other tensors with the same key."""
+
+    build: Callable[..., list[Launch]]
+    tensors: tuple[torch.Tensor | None, ...]
+
+
+class Bound(NamedTuple):
+    """The launches of a key."""
+
+    device: int
+    scratch: torch.Tensor  # of no bytes: its device and type
+    scratch_bytes: int
+    launch: Callable[[list[int], int], None]  # all launches, with the pointers, the scratch's last, on a stream
+
+    def run(self, pointers: list[int]) -> None:
+        """Launch with the pointers of the call's tensors, those of Call.tensors that are given."""
+        if self.scratch_bytes:
+            scratch = self.scratch.new_empty(self.scratch_bytes)  # lives until all is launched
+            pointers.append(scratch.data_ptr())
+        self.launch(pointers, driver.active.get_current_stream(self.device))
+
+
+def find(*arguments: Any) -> tuple[tuple, list[int], Bound | None] | None:
+    """A call's key, its tensors' pointers, and what is bound to the key; None if the call has to take the ordinary way.
+
+    arguments: all that the caller gave, the tensors in the order of Call.tensors.
+    """
+    if _observed() or INTERPRETED or values_are_checked():
+        return None
+    kinds = _kinds(tuple(map(type, arguments)))
+    if kinds is None:
+        return None
+    tensors = kinds.tensors(arguments)
+    try:
+        device = driver.active.get_current_device()
+        pointers = [x.data_ptr() for x in tensors]
+        facts = tuple(
+            [(p & 15, x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg(), x.requires_grad) for p, x in zip(pointers, tensors)]
+        )
+    except RuntimeError:  # no GPU, or a tensor without strides or data
+        return None
+    grad = torch.is_grad_enabled()
+    key = lookup.table(), kinds, kinds.others(arguments), device, grad, facts
+    bound = _bound.get(key)
+    if bound is None and any(on != device or negated or (grad and wanted) for *_, on, negated, wanted in facts):
+        return None
+    return key, pointers, bound
+
+
+def remember(key: tuple, call: Call) -> None:
+    """Bind a call that has just run to its key."""
+    kernels = [launch.warmup() for launch in call.build(*call.tensors)]  # compiles nothing: it says which kernels have run
+    if not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+        return
+    # Built again from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from.
+    apart = [None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in call.tensors]
+    origins = {_storage(x): (i, 0) for i, x in enumerate(x for x in apart if x is not None)}
+    scratch, scratch_bytes = len(origins), 0
+    launches, entries = call.build(*apart), []
+    for launch, kernel in zip(launches, kernels, strict=True):
+        arguments: list[Any] = []
+        for parameter in launch.fn.params:
+            value = launch.args.get(parameter.name, parameter.default)
+            if isinstance(value, torch.Tensor) and value.numel() == 0:
+                value = 0  # its data_ptr(), wherever it begins
+            elif isinstance(value, torch.Tensor):
+                if _storage(value) not in origins:
+                    origins[_storage(value)] = scratch, scratch_bytes
+                    scratch_bytes += ceil_div(value.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+                source, start = origins[_storage(value)]
+                value = _Later(f"pointers[{source}] + {start + value.storage_offset() * value.element_size()}")
+            elif not isinstance(value, IMMUTABLE):
+                return  # it may hold a tensor
+            arguments.append(value)
+        entries.append(_entry(kernel, launch.grid, arguments))
+    if len(_bound) >= MAX_BOUND:
+        _bound.clear()
+    like = next(x for x in call.tensors if x is not None)
+    _bound[key] = Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
+
+
+class _Kinds(NamedTuple):
+    """Takes the tensors, or the others, out of a call's arguments."""
+
+    tensors: itemgetter
+    others: itemgetter
+
+
+@functools.lru_cache(MAX_BOUND)
+def _kinds(types: tuple[type, ...]) -> _Kinds | None:
+    """None if an argument is neither a plain tensor nor immutable."""
+    tensors = [i for i, kind in enumerate(types) if kind in PLAIN_TENSORS]
+    others = [i for i, kind in enumerate(types) if issubclass(kind, IMMUTABLE)]
+    if len(tensors) + len(others) < len(types) or min(len(tensors), len(others)) < 2:  # of one place, itemgetter makes no tuple
+        return None
+    return _Kinds(itemgetter(*tensors), itemgetter(*others))
+
+
+class _Later(NamedTuple):
+    """An argument that each call of the launches computes anew."""
+
+    source: str
+
+
+def _entry(kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any]) -> tuple[Callable[..., None], tuple]:
+    """The C function that launches a kernel, and its arguments: Triton 3.6 gives it the kernel's one by one, 3.7 in a tuple.
+
+    Written down by a copy of the launcher, so that nothing is launched. What the launcher does itself is most of its time.
+    """
+    launcher = copy.copy(kernel.run)
+    given = (*(*grid, 1, 1)[:3], _Later("stream"), kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+    if launcher.global_scratch_size or launcher.profile_scratch_size:  # allocated by the launcher, at each launch
+        return kernel.run, given
+    passed: list[tuple] = []
+    launcher.launch = lambda *arguments: passed.append(arguments)
+    launcher(*given)
+    return kernel.run.launch, passed[0]
+
+
+def _write(entries: list[tuple[Callable[..., None], tuple]]) -> Callable[[list[int], int], None]:
+    """The launches as one function, written out like the binder of Triton's JIT: a loop over arguments takes twice as long."""
+    constants: dict[str, Any] = {}
+
+    def text(value: Any) -> str:
+        if isinstance(value, _Later):
+            return value.source
+        if isinstance(value, tuple) and any(isinstance(x, _Later) for x in value):
+            return f"({''.join(f'{text(x)}, ' for x in value)})"
+        name = f"constant_{len(constants)}"
+        constants[name] = value
+        return name
+
+    lines = [f"    {text(function)}({', '.join(map(text, arguments))})" for function, arguments in entries]
+    exec(_compiled("\n".join(["def launch(pointers, stream):", *lines, "    return"])), constants)
+    return constants["launch"]
+
+
+@functools.lru_cache(MAX_BOUND)
+def _compiled(source: str) -> CodeType:
+    """Keys that differ in a length only have the same source, and compiling is most of what binding costs."""
+    return compile(source, __name__, "exec")
+
+
+def _storage(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _observed() -> bool:
+    """Whether something looks at operators or at launches: a compiler, a tracer, a mode, a transform, a profiler, a hook."""
+    hooks = triton.knobs.runtime
+    return bool(
+        torch.compiler.is_compiling()
+        or _is_tracing()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack()
+        or _profiler_enabled()
+        or getattr(hooks.launch_enter_hook, "calls", hooks.launch_enter_hook)  # a chain of hooks, or one, or None
+        or getattr(hooks.launch_exit_hook, "calls", hooks.launch_exit_hook)
+    )

@@ -1,0 +1,201 @@
+"""Bound calls on a GPU: the second call of a kind, which passes by Triton's JIT, is the first one in every way but its time."""
+
+import pytest
+import torch
+import triton
+from kernels.test_errors import CALLS, UNSUPPORTED, WRONG
+from paged import assert_close
+from real import Buffers, Real, ragged
+
+import patune
+from patune.kernels import bound
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "split": Real((8000, 3000)),
+    "ragged": Real(ragged(16, 1000)),
+    "one split": Real((300,) * 64),
+    "pair": Real((8000, 3000), pair=True),
+    "NHD": Real((8000, 3000), layout="NHD"),
+    "strided q": Real((8000, 3000), strided_q=True),
+    "fp8": Real((8000, 3000), kv_dtype=torch.float8_e4m3fn, options=(("k_scale", 0.5), ("v_scale", torch.tensor([2.0])))),
+    "options": Real((8000, 3000), options=(("sliding_window", 500), ("logits_soft_cap", 30.0), ("sinks", torch.ones(32)))),
+    "speculative": Real((8000, 3000), 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_bound(gpu):
+    bound._bound.clear()
+
+
+def decode(b: Buffers, **kw):
+    options = b.options | dict(q_len_per_seq=b.q_lens[0]) | kw
+    return patune.paged_decode(b.q, b.kv_cache, *b.table, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bound_call_is_bit_for_bit_the_call_before_it(name):
+    """Output and lse, with out given or made, and over other data in other memory."""
+    b, other = Buffers(CASES[name]), Buffers(CASES[name])
+    other.q = other.q.flip(0).contiguous() if not CASES[name].strided_q else other.q
+    first = decode(b, return_lse=True)
+    bound._bound.clear()
+    want = decode(other, return_lse=True)
+    assert len(bound._bound) == 1
+    for buffers, (out, lse) in ((b, first), (other, want), (b, first)):
+        got, got_lse = decode(buffers, return_lse=True)
+        assert torch.equal(got, out) and torch.equal(got_lse, lse)
+        assert len(bound._bound) <= 2, "with out made and given"
+        poisoned = buffers.poisoned()
+        for _ in range(2):
+            poisoned.fill_(float("nan"))
+            assert decode(buffers, out=poisoned) is poisoned and torch.equal(poisoned, out)
+
+
+def test_a_call_without_work_stays_one():
+    """A batch of no sequences launches nothing and binds nothing."""
+    b = Buffers(Real((100,)))
+    empty = (b.q[:0], b.kv_cache, b.kv_indices[:0], b.kv_indptr[:1], b.kv_last_page_len[:0])
+    for _ in range(2):
+        assert patune.paged_decode(*empty).shape == (0, 32, 128)
+    assert not bound._bound
+
+
+def test_bound_calls_run_on_the_current_stream():
+    """While the default stream is busy, a bound call on another one finishes, and two streams have their own scratch."""
+    b = Buffers(Real((8000, 3000)))
+    want = decode(b).cpu()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            decode(b)  # gives this stream its memory: cudaMalloc waits for the whole device
+    assert len(bound._bound) == 1
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2 * 10**9)  # about a second
+    busy = torch.cuda.Event()
+    busy.record()
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(decode(b))
+    for stream in streams:
+        stream.synchronize()
+    assert not busy.query(), "a bound call waited for the default stream"
+    assert all(torch.equal(got.cpu(), want) for got in results)
+
+
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_a_bound_call_is_captured(num_splits):
+    """What a graph replays is the bound call's launches, with memory of the graph's."""
+    b = Buffers(Real((4096, 4096)))
+    b.kv_cache.nan_to_num_(0.5)
+    found = patune.get_best_config("decode", head_dim=128, page_size=16, q_heads_per_kv=4)
+    config = patune.Config(dict(found) | {"num_splits": num_splits})
+    out = b.poisoned()
+    for _ in range(2):
+        want = decode(b, out=out, config=config).clone()
+    assert len(bound._bound) == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(b, out=out, config=config)
+    assert len(bound._bound) == 1
+    for _ in range(3):
+        out.fill_(float("nan"))
+        decode(b, config=config)  # eager calls beside the graph do not use its scratch
+        graph.replay()
+        assert torch.equal(out, want)
+    b.kv_last_page_len.fill_(3)
+    graph.replay()
+    assert_close(out, patune.reference_paged_attention(b.q, b.kv_cache, b.qo_indptr, *b.table), 1e-2)
+
+
+def test_a_compiled_function_holds_the_operator():
+    """With a call bound, torch.compile still traces the operator and gives the same result."""
+    b = Buffers(Real((8000, 3000)))
+    want = decode(b)
+    decode(b)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    got = torch.compile(lambda: decode(b), backend=backend, fullgraph=True)()
+    assert torch.equal(got, want)
+    assert [node for graph in graphs for node in graph.graph.nodes if "paged_decode" in str(node.target)]
+
+
+def test_a_launch_hook_sees_every_launch():
+    """As many of a bound call as of one that is not, with the kernel's name."""
+    b = Buffers(Real((8000, 3000)))
+    names: list[str] = []
+    hook = lambda metadata: names.append(metadata.get()["name"])
+    seen = []
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):
+            decode(b)
+            seen.append(names.copy())
+            names.clear()
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen[0] == seen[1] and "decode_split" in seen[0]
+    assert not bound._bound
+    for _ in range(2):
+        decode(b)
+    assert len(bound._bound) == 1 and not names
+
+
+def test_the_profiler_sees_the_operator():
+    """By name, and its kernels, though the call was bound."""
+    b = Buffers(Real((8000, 3000)))
+    for _ in range(2):
+        decode(b)
+    with torch.profiler.profile() as profile:
+        decode(b)
+        torch.cuda.synchronize()
+    names = {event.name for event in profile.events()}
+    assert "patune::paged_decode" in names and any("decode_split" in name for name in names)
+
+
+def test_tensors_on_meta_launch_nothing():
+    """A call for its shapes, after the same call was bound."""
+    b = Buffers(Real((300, 500)))
+    for _ in range(2):
+        decode(b)
+    meta = [x.to("meta") for x in (b.q, b.kv_cache, *b.table)]
+    assert patune.paged_decode(*meta).is_meta
+    assert len(bound._bound) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [pytest.param(x, m, id=m[:60]) for calls, x, m in WRONG + UNSUPPORTED if "decode" in calls]
+)
+def test_a_bad_call_raises_the_same_error_after_a_good_one_was_bound(changes, message):
+    """Those on another device included."""
+    function, good = CALLS["decode"]
+    for _ in range(2):
+        function(**good)
+    assert len(bound._bound) == 1
+    with pytest.raises((ValueError, NotImplementedError)) as caught:
+        function(**(good | changes))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_call_on_another_device_is_made_there():
+    """Bound on each device, and right on one that is not current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs, and one is visible")
+    for index in (0, 1, 0, 1):
+        b = Buffers(Real((3000, 700)), device=f"cuda:{index}")
+        want = b.reference()[0]
+        for current in (0, 1):
+            with torch.cuda.device(current):
+                for _ in range(2):
+                    got = decode(b)
+                    assert_close(got, want, 1e-2)
+                    assert got.device.index == index and torch.cuda.current_device() == current
+    assert len(bound._bound) == 2

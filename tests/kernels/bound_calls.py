@@ -1,0 +1,395 @@
+"""Bound calls are what unbound ones are. Run by test_bound.py in a process without TRITON_INTERPRET, on the stand-in driver."""
+
+import dataclasses
+import itertools
+
+import pytest
+import standin
+import torch
+import triton
+from cachedb.builders import CONFIG, entry, store_entries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged import Batch, Case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import patune
+from kernels.test_errors import UNSUPPORTED, WRONG
+from patune.cachedb import lookup
+from patune.kernels import bound
+
+standin.install()
+settings.register_profile("bound", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("bound")
+
+CASE = Case((1, 1), (200, 330), dtype="bfloat16")  # the H100's table or the rule splits it: two launches
+
+
+@pytest.fixture(autouse=True)
+def nothing_bound():
+    bound._bound.clear()
+    standin.made.clear()
+
+
+class Arguments(dict):
+    """The arguments of a decode of a case, in memory of their own."""
+
+    def __init__(self, case: Case = CASE, **changes):
+        batch = Batch(case, "cpu")
+        names = ("kv_indices", "kv_indptr", "kv_last_page_len")
+        super().__init__(q=batch.q, kv_cache=batch.kv_cache, **dict(zip(names, batch.pages)), **batch.options)
+        self.update(dict(q_len_per_seq=case.q_lens[0], out=batch.nan_like_q()) | changes)
+
+
+def launched(arguments: dict) -> list:
+    """What a decode launches."""
+    result = patune.paged_decode(**arguments)
+    pairs = [x if isinstance(x, tuple) else (x,) for x in (*arguments.values(), result)]
+    return standin.launches([x for pair in pairs for x in pair if isinstance(x, torch.Tensor)])
+
+
+def unbound(arguments: dict) -> list:
+    bound._bound.clear()
+    return launched(arguments)
+
+
+def is_bound(arguments: dict) -> bool:
+    """Whether a decode's second call passes by Triton's JIT, which would hand its tensors to the launcher."""
+    for _ in range(2):
+        standin.made.clear()
+        patune.paged_decode(**arguments)
+    passed = [*itertools.chain.from_iterable(standin.made)]
+    passed += itertools.chain.from_iterable(x for x in passed if isinstance(x, tuple))  # Triton 3.7 has them in a tuple
+    standin.made.clear()
+    assert passed
+    return not any(isinstance(x, torch.Tensor) for x in passed)
+
+
+def shifted(x: torch.Tensor, elements: int) -> torch.Tensor:
+    """A copy that starts `elements` after a 16-byte boundary."""
+    memory = x.new_empty(x.numel() + elements)
+    return memory[elements:].view(x.shape).copy_(x)
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """A copy with another row in between each two rows."""
+    return torch.stack([x, x], 1)[:, 0]
+
+
+def one_storage(swapped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of one storage: the same key either way round."""
+    k, v = Batch(CASE, "cpu").kv_cache.transpose(0, 1).contiguous().unbind()
+    return (v, k) if swapped else (k, v)
+
+
+def one_table(arguments: Arguments) -> Arguments:
+    """Page table tensors that are parts of one storage, 16 bytes aligned each."""
+    names = ("kv_indices", "kv_indptr", "kv_last_page_len")
+    memory = torch.zeros(3, 64, dtype=torch.int32)
+    for name, row in zip(names, memory):
+        arguments[name] = row[: len(arguments[name])].copy_(arguments[name])
+    return arguments
+
+
+ONE = torch.ones(1)
+# Each differs from the first in something that decides what is launched; `Arguments` are made anew each time.
+VARIATIONS = {
+    "plain": lambda: Arguments(),
+    "other memory": lambda: Arguments(dataclasses.replace(CASE, seed=7)),
+    "no out": lambda: Arguments(out=None),
+    "lse": lambda: Arguments(return_lse=True),
+    "lse, no out": lambda: Arguments(return_lse=True, out=None),
+    "q off alignment": lambda: Arguments() | {"q": shifted(Arguments()["q"], 1)},
+    "q further off": lambda: Arguments() | {"q": shifted(Arguments()["q"], 4)},
+    "strided q": lambda: Arguments() | {"q": strided(Arguments()["q"])},
+    "strided out": lambda: Arguments() | {"out": strided(Arguments()["out"])},
+    "out is q": lambda: (lambda a: a | {"out": a["q"]})(Arguments()),
+    "pair": lambda: Arguments(dataclasses.replace(CASE, pair=True)),
+    "one storage": lambda: Arguments() | {"kv_cache": one_storage(False)},
+    "one storage, swapped": lambda: Arguments() | {"kv_cache": one_storage(True)},
+    "k is v": lambda: Arguments() | {"kv_cache": one_storage(False)[:1] * 2},
+    "one table": lambda: one_table(Arguments()),
+    "page table off alignment": lambda: Arguments() | {"kv_indices": shifted(Arguments()["kv_indices"], 1)},
+    "NHD": lambda: Arguments(dataclasses.replace(CASE, layout="NHD")),
+    "window": lambda: Arguments(sliding_window=50),
+    "other window": lambda: Arguments(sliding_window=16),
+    "soft cap": lambda: Arguments(logits_soft_cap=5.0),
+    "sinks": lambda: Arguments(sinks=torch.zeros(8)),
+    "frozen sinks": lambda: Arguments(sinks=torch.nn.Parameter(torch.zeros(8), requires_grad=False)),
+    "scale": lambda: Arguments(sm_scale=0.5),
+    "float scales": lambda: Arguments(k_scale=0.5, v_scale=2.0),
+    "tensor scales": lambda: Arguments(k_scale=ONE, v_scale=ONE.clone()),
+    "one split": lambda: Arguments(config=patune.Config({**CONFIG, "num_splits": 1})),
+    "three splits": lambda: Arguments(config=patune.Config({**CONFIG, "num_splits": 3})),
+    "ragged": lambda: Arguments(max_kv_len=10_000),
+    "two tokens": lambda: Arguments(dataclasses.replace(CASE, q_lens=(2, 2))),
+    "longer": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000))),
+}
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_a_bound_call_launches_what_an_unbound_one_does(name):
+    """Kernel, grid, stream, every constant and every pointer but the scratch's, with the same tensors and with others."""
+    arguments, others = VARIATIONS[name](), VARIATIONS[name]()
+    want, want_others = unbound(arguments), unbound(others)
+    assert want
+    assert launched(others) == want_others
+    assert launched(arguments) == want
+    assert is_bound(arguments)
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_a_call_is_not_served_by_what_one_that_differs_in_one_thing_bound(name):
+    """In either order; hypothesis, below, tries more of them."""
+    plain, arguments = Arguments(), VARIATIONS[name]()
+    want_plain, want = unbound(plain), unbound(arguments)
+    for first, second, wanted in ((plain, arguments, want), (arguments, plain, want_plain)):
+        bound._bound.clear()
+        launched(first)
+        assert launched(second) == wanted
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from(sorted(VARIATIONS)), min_size=2, max_size=6))
+def test_a_call_is_never_served_by_what_another_one_bound(names):
+    """After any calls, a call launches what it would have launched first."""
+    calls = [VARIATIONS[name]() for name in names]
+    wanted = [unbound(arguments) for arguments in calls]
+    bound._bound.clear()
+    for _ in range(2):
+        for arguments, want in zip(calls, wanted):
+            assert launched(arguments) == want
+
+
+@triton.jit
+def copy(x_ptr, y_ptr, scratch_ptr, z_ptr, n, stride, BLOCK: triton.language.constexpr):
+    offs = triton.language.arange(0, BLOCK)
+    x = triton.language.load(x_ptr + offs * stride, mask=offs < n)
+    triton.language.store(scratch_ptr + offs, x, mask=offs < n)
+    triton.language.store(z_ptr + offs, x + triton.language.load(y_ptr + offs, mask=offs < n), mask=offs < n)
+
+
+PIECES = dict(
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)), length=st.integers(1, 40), step=st.sampled_from((1, 2, 16)),
+    start=st.integers(0, 9), other=st.integers(0, 9), shared=st.booleans(), n=st.sampled_from((0, 1, 16, 33)),
+)  # fmt: skip
+DRAWN = st.fixed_dictionaries(PIECES)
+
+
+@settings(max_examples=60)
+@given(DRAWN, st.lists(st.tuples(DRAWN, st.sampled_from(sorted(PIECES))), max_size=6))
+def test_any_change_of_a_template_s_call_that_matters_rebinds(pieces, changes):
+    """dtype, length, stride, offset, alignment, shared storage and host arguments, of a small kernel with scratch and views."""
+    bound._bound.clear()
+
+    def build(n, stride):
+        def launches(x, y):
+            scratch = torch.empty(n + 1, dtype=x.dtype, device=x.device), torch.empty(3, device=x.device)
+            args = dict(x_ptr=x[1:], y_ptr=y, z_ptr=y[y.shape[0] // 2 :], n=n, stride=stride, BLOCK=32)
+            return [bound.Launch(copy, (n, 2), args | dict(scratch_ptr=s)) for s in scratch]
+
+        return launches
+
+    memory = torch.zeros(400, dtype=torch.float32)
+    for drawn, name in [(pieces, "n"), *changes]:
+        pieces[name] = drawn[name]
+        flat, n, step = memory.view(pieces["dtype"]), pieces["n"], pieces["step"]
+        x = flat[pieces["start"] :][: pieces["length"] * step : step]
+        y = (flat if pieces["shared"] else flat.clone())[pieces["other"] :][:20]
+        call = bound.Call(build(n, step), (x, y))
+        for launch in call.build(*call.tensors):
+            launch.run()
+        want = standin.launches([x, y])
+        for _ in range(2):
+            key, pointers, found = bound.find(x, y, n, step)
+            if found is None:
+                bound.remember(key, call)
+        found.run(pointers)
+        assert standin.launches([x, y]) == want
+
+
+# Not those with a tensor on meta, whose device has the same number as the stand-in's; tests/gpu has them.
+BAD = [
+    pytest.param(changes, message, id=message[:60])
+    for calls, changes, message in WRONG + UNSUPPORTED
+    if "decode" in calls and not any(getattr(x, "is_meta", False) for x in changes.values())
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_a_bad_call_raises_the_same_error_after_a_good_one_was_bound(changes, message):
+    """It reaches no launch. The good call is that of test_errors, of which each bad one changes something."""
+    good = Arguments(Case((1, 1), (20, 33), dtype="bfloat16"))
+    assert is_bound(good)
+    for call in (good | changes, good | {"out": None} | changes):
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            patune.paged_decode(**call)
+        assert str(caught.value).startswith(message)
+    assert not standin.made
+
+
+NOTHING = dict.fromkeys(("q", "kv_cache", "kv_indices", "kv_indptr", "kv_last_page_len", "out"))
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(q_len_per_seq=1.0), dict(kv_layout=["HND"]), dict(kv_cache=5), dict(q=None), dict(q=[1]), NOTHING]
+)
+def test_a_call_of_the_wrong_types_fails_as_if_nothing_were_bound(changes):
+    """Also where 1.0 equals 1, and what has no hash."""
+    errors = []
+    for warm in (False, True):
+        if warm:
+            assert is_bound(Arguments())
+        with pytest.raises(Exception) as caught:  # noqa: PT011  whatever it is, it is the same
+            patune.paged_decode(**(Arguments() | changes))
+        errors.append((type(caught.value), str(caught.value).split(" at 0x")[0].splitlines()[0]))
+    assert errors[0] == errors[1]
+    assert not standin.made
+
+
+def test_there_are_never_more_bound_calls_than_the_limit():
+    """Page lists of ever new lengths are forgotten again, and a call stays right meanwhile."""
+    arguments = Arguments()
+    for pages in range(bound.MAX_BOUND + 20):
+        arguments["kv_indices"] = torch.zeros(pages + 40, dtype=torch.int32)
+        assert launched(arguments)
+        assert 0 < len(bound._bound) <= bound.MAX_BOUND
+
+
+# What looks on sees what it saw before
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_operator():
+    """Also after the call was bound."""
+    arguments = Arguments()
+    assert is_bound(arguments)
+    with Seen() as seen:
+        launched(arguments)
+    assert "patune::paged_decode" in seen.names
+
+
+def test_the_profiler_sees_the_operator():
+    """By name, as any other."""
+    arguments = Arguments()
+    assert is_bound(arguments)
+    with torch.profiler.profile() as profile:
+        launched(arguments)
+    assert "patune::paged_decode" in {event.name for event in profile.events()}
+
+
+def test_a_transform_sees_the_operator():
+    """Inside functionalize a tensor has no memory; the outcome does not depend on what is bound."""
+
+    def outcome() -> tuple:
+        arguments = Arguments()
+        call = torch.func.functionalize(lambda q: patune.paged_decode(**(arguments | {"q": q})))
+        try:
+            call(arguments["q"])
+        except Exception as error:  # noqa: BLE001  whatever it is, it is the same
+            return type(error), str(error)[:40]
+        return len(standin.made), len(bound._bound)
+
+    first = outcome()
+    assert is_bound(Arguments())
+    bound_before = dict(bound._bound)
+    assert outcome()[0] == first[0]
+    assert bound._bound == bound_before
+
+
+def test_a_compiled_graph_holds_the_operator():
+    """torch.compile traces no bound call, with and without one at hand."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    arguments = Arguments()
+    assert is_bound(arguments)
+    torch.compile(lambda: patune.paged_decode(**arguments), backend=backend, fullgraph=True)()
+    assert [node for graph in graphs for node in graph.graph.nodes if "paged_decode" in str(node.target)]
+
+
+@pytest.mark.parametrize("which", ["enter", "exit"])
+def test_a_launch_hook_sees_every_launch(which):
+    """Profilers of Triton hang there; without a hook the call is bound again."""
+    arguments = Arguments()
+    want = len(unbound(arguments))
+    assert is_bound(arguments)
+    hooks = getattr(triton.knobs.runtime, f"launch_{which}_hook")
+    hooks.add(print)
+    try:
+        patune.paged_decode(**arguments)
+        passed = [x for launch in standin.made for x in launch if x is hooks]
+    finally:
+        hooks.remove(print)
+    assert len(passed) == want > 0
+    standin.made.clear()
+    assert is_bound(arguments)
+
+
+def test_a_tensor_with_a_pending_sign_goes_through_the_operator():
+    """The dispatcher resolves it; its memory holds the negative of its values."""
+    arguments = Arguments()
+    assert is_bound(arguments)
+    assert not is_bound(arguments | {"q": torch._neg_view(arguments["q"])})
+
+
+def test_a_cache_that_requires_grad_is_not_bound_where_gradients_are_recorded():
+    """The operator's autograd behaviour is the dispatcher's; under no_grad it has none."""
+    arguments = Arguments()
+    assert is_bound(arguments)
+    arguments["kv_cache"].requires_grad_()
+    with torch.no_grad():
+        assert is_bound(arguments)
+    assert not is_bound(arguments)
+
+
+def test_a_tensor_of_another_class_is_not_bound():
+    """What operators mean to it is its own."""
+
+    class Other(torch.Tensor):
+        pass
+
+    arguments = Arguments()
+    assert is_bound(arguments)
+    assert not is_bound(arguments | {"q": arguments["q"].as_subclass(Other)})
+
+
+def test_page_tables_are_checked_under_patune_check(monkeypatch):
+    """Also those of a call that was bound before the variable was set."""
+    arguments = Arguments()
+    assert is_bound(arguments)
+    monkeypatch.setenv("PATUNE_CHECK", "1")
+    arguments["kv_indptr"] = arguments["kv_indptr"].flip(0).contiguous()
+    with pytest.raises(ValueError, match=r"kv_indptr: (decreases|starts)"):
+        patune.paged_decode(**arguments)
+
+
+def test_a_table_that_is_read_again_decides_anew(tmp_path, monkeypatch):
+    """After lookup.reload(), a call that was bound takes the config of the new table; a database alone changes nothing."""
+    arguments = Arguments()
+    before = unbound(arguments)
+    key = dict(head_dim=64, page_size=16, q_heads_per_kv=4)
+    config = {**CONFIG, "num_splits": 2, "num_warps": 2}
+    store_entries(tmp_path / "mine.db", [entry(**key, batch_size=2, kv_len=264, kv_heads=2, config=config)])
+    monkeypatch.setenv("PATUNE_DB", str(tmp_path / "mine.db"))
+    assert launched(arguments) == before
+    lookup.reload()
+    try:
+        after = launched(arguments)
+        assert after != before and launched(arguments) == after
+    finally:
+        monkeypatch.undo()
+        lookup.reload()
+    assert launched(arguments) == before

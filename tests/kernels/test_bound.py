@@ -1,0 +1,52 @@
+"""Bound calls: the rule that they rely on, and the tests of bound_calls.py, which need compiled kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from paged import Batch, Case, cases
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patune.kernels import bound, ops
+
+
+def test_bound_calls_without_the_interpreter(tmp_path):
+    """All of bound_calls.py, in one process that compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PATUNE_DB": str(tmp_path / "private.db"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "bound_calls.py"]
+    done = subprocess.run(program, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
+
+
+class OnlyScratchAndViews(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.is_view or func is torch.ops.aten.empty.memory_format, f"{func} while launches were built"
+        return func(*args, **(kwargs or {}))
+
+
+@given(cases())
+def test_building_the_launches_of_a_decode_allocates_and_takes_views_only(case):
+    """Anything else would run on the device at the first call of a key, and never again."""
+    batch = Batch(case, "cpu")
+    out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
+    one, sinks = torch.ones(1), batch.options.get("sinks")
+    kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
+    for config in ([16, 4, 2, 1], [16, 4, 2, 3]):
+        call = ops.decode_call(
+            batch.q, *kv, *batch.pages, out, lse, 0.1, case.layout, case.q_lens[0], None, case.window, case.soft_cap, sinks,
+            one, one, 1.0, False, config,
+        )  # fmt: skip
+        with OnlyScratchAndViews():
+            assert call.build(*call.tensors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+def test_the_interpreter_binds_nothing():
+    """It has no compiled kernels."""
+    batch = Batch(Case((1, 1), (20, 30)), "cpu")
+    assert bound.find(batch.q, *batch.pages) is None
