@@ -15,7 +15,7 @@ from patune.kernels.registry import template
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "h100"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "tuning.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def race_table(mode: str) -> str:
@@ -107,10 +107,52 @@ def provenance_line(*kernels: str) -> str:
     return "\n".join(lines)
 
 
+def technique_table(kernel: str) -> str:
+    """What each technique was expected to do and did: microseconds before and after, by case."""
+    techniques = json.loads((RESULTS / f"{kernel}-techniques.json").read_text())["techniques"]
+    lines = ["| technique | predicted | measured, µs | outcome |", "|---|---|---|---|"]
+    for tried in techniques:
+        us = "; ".join(f"{case}: {before:.1f} → {after:.1f}" for case, (before, after) in tried["us"].items())
+        lines.append(f"| {tried['name']} | {tried['predicted']} | {us} | {tried['verdict']} |")
+    return "\n".join(lines)
+
+
+def timeline_table() -> str:
+    """Where a decode's time goes."""
+    rows = json.loads((RESULTS / "decode-techniques.json").read_text())["timeline"]
+    stamps = ["released", "share_found", "page_ids", "loop_ends", "stage1_ends", "stage2_released", "stage2_ends"]
+    heads = [name.replace("_", " ") for name in stamps]
+    lines = [f"| case | programs | {' | '.join(heads)} |", "|---|--:" + "|--:" * len(stamps) + "|"]
+    for row in rows:
+        times = [row.get(name, "") for name in stamps]
+        cells = ["/".join(f"{us:.1f}" for us in x) if isinstance(x, list) else f"{x:.1f}" if x else "" for x in times]
+        lines.append(f"| {' | '.join([row['case'], str(row['programs']), *cells])} |")
+    return "\n".join([*lines, "", "Loop ends: the first, the median and the last program."])
+
+
+def fp8_table() -> str:
+    """The landscape's best times with a cache of e4m3 beside those of bf16, where the bf16 cache has at least 256 MiB."""
+    recorded = landscape.load(RESULTS / "landscape.json.gz")
+    same = [key for key in recorded.keys() if (key.kernel, key.head_dim, key.page_size, key.q_heads_per_kv) == FP8_KEY]
+    bf16, fp8 = (next(key for key in same if key.kv_dtype == dtype) for dtype in ("bfloat16", "float8_e4m3fn"))
+    lines = ["| workload | bf16 KV µs | fp8 KV µs | speedup |", "|---|--:|--:|--:|"]
+    for workload in recorded.workloads(fp8):
+        kv_bytes = sum(workload.kv_lens()) * workload.kv_heads * bf16.head_dim * 4
+        if kv_bytes >= 256 << 20:
+            wide, narrow = (recorded.optimum(key, workload).us for key in (bf16, fp8))
+            lines.append(f"| {workload} | {wide:.1f} | {narrow:.1f} | ×{wide / narrow:.2f} |")
+    return "\n".join(lines)
+
+
+FP8_KEY = ("decode", 128, 16, 4)
+
 FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: race_table("prefill"),
     "host": host_line,
+    "decode techniques": lambda: technique_table("decode"),
+    "decode timeline": timeline_table,
+    "fp8": fp8_table,
     "run": run_table,
     "search": search_table,
     "landscape": landscape_line,

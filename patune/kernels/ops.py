@@ -94,8 +94,8 @@ def decode_call(
     return Call(build, (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse))
 
 
-def _paged_decode(q, *arguments, kv_len=None):
-    if call := decode_call(q, *arguments, kv_len):
+def _paged_decode(q, *arguments, **options):
+    if call := decode_call(q, *arguments, **options):
         run(call.build(*call.tensors), q)
 
 
