@@ -3,6 +3,8 @@
 import contextlib
 import json
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from ..errors import UsageError
 from . import source
 from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, as_json, database
 from .plan import KERNELS, Plan, Request, shape_of, sizes_of
+from .verbose import logged
 
 if TYPE_CHECKING:
-    from ..cachedb.store import Store
-    from ..tuner.runner import Runner
+    from ..tuner.events import Event, Finished
+    from ..tuner.fleet import Fleet
+    from ..tuner.task import Item
 
 
 @click.command(short_help="Tune a GPU, or replay how it went on one.")
@@ -38,21 +42,23 @@ if TYPE_CHECKING:
 @click.option("--trials", type=Count(), default=64, show_default=True, metavar="N|all", help="Configs a workload.")
 @click.option("--budget", type=Duration(), metavar="TIME", help="Stop after this long: 60s, 5m, 1h or plain seconds.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
-@click.option("--devices", metavar="INDEX", help="The device to measure on. [default: 0]")
+@click.option("--devices", metavar="0,1,...", help="The GPUs to measure on. [default: all that are idle]")
 @click.option("--replay", is_flag=False, flag_value="", metavar="[FILE]", help="Replay a landscape, not measure.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every decision on stderr.")
 @database(must_exist=False)
 @as_json
 def command(
     gpu: str, kernel: str, model: str | None, head_dim: int | None, page_size: int | None, q_heads: int | None,
     kv_heads: int | None, dtype: str, kv_dtype: str | None, batch_size: int | None, kv_len: int | None, q_len: int | None,
-    ragged: bool, trials: int | str, budget: float | None, seed: int, devices: str | None, replay: str | None, db: Path | None,
-    as_json: bool,
+    ragged: bool, trials: int | str, budget: float | None, seed: int, devices: str | None, replay: str | None,
+    verbose: bool, db: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Search for the fastest configs and keep them in the database.
 
     With the GPU here it measures. With no GPU it runs the same search against the landscape recorded on one, and says
     so. A second run starts from what the first one left. Ctrl-C keeps what was measured.
     """
+    ends = None if budget is None else time.monotonic() + budget  # what it takes to get going counts as well
     request = Request(
         KERNELS if kernel == "all" else (kernel,),
         shape_of(model, head_dim=head_dim, page_size=page_size, q_heads=q_heads, kv_heads=kv_heads),
@@ -60,15 +66,29 @@ def command(
         dtype,
         kv_dtype,
     )
-    landscape, announcement = source.choose(gpu, _device(devices), replay)
-    click.echo(announcement, err=as_json)
+    chosen = source.choose(gpu, _devices(devices), replay)
+    for line in chosen.said:
+        click.echo(line, err=as_json)
     path = db or database_path()
 
     from ..cachedb.store import Store
+    from ..tuner.progress import ProgressView
+    from ..tuner.session import Items, tune
 
-    with Store.open(path) as store, contextlib.closing(_runner(landscape)) as runner:
-        plan = request.measured(runner.environment) if landscape is None else _replayed(request, landscape)
-        keys, failed = _tune(plan, runner, store, None if trials == "all" else int(trials), seed, budget)
+    with Store.open(path) as store, contextlib.closing(_fleet(chosen)) as fleet:
+        runner = fleet.runners[0]
+        plan = request.measured(runner.environment) if chosen.landscape is None else _replayed(request, chosen.landscape)
+        work = Items(_items(plan, len(fleet.runners)))
+        tally = Tally()
+
+        def on_event(event: "Event") -> None:
+            tally.on_event(event)
+            view.on_event(event)
+
+        with logged(verbose), ProgressView(live=not verbose) as view:
+            limit = None if trials == "all" else int(trials)
+            results = tune(work, fleet, store, trials=limit, seed=seed, ends=ends, on_event=on_event)
+        keys = by_key(plan, results)
         document = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": keys}
     if as_json:
         click.echo(json.dumps(document, indent=2))
@@ -77,62 +97,83 @@ def command(
 
         print_tables([part for part in keys if part["workloads"]])
         click.echo(f"The table is in {path}; `patune show` prints it, `patune export` takes it elsewhere.")
-    left = sum(map(len, plan.values())) - sum(len(part["workloads"]) for part in keys) - len(failed)
+    if tally.statuses:
+        click.echo(f"configs: {tally}", err=True)
+    left = sum(map(len, plan.values())) - len(results) - len(tally.failed)
     if left:
         click.echo(f"the budget ended before {left} workloads, a larger --budget has room for them", err=True)
-    for failure in failed:
+    for failure in tally.failed:
         click.echo(f"failed: {failure}", err=True)
-    if failed:
+    if tally.failed:
         click.get_current_context().exit(1)
 
 
-def _tune(
-    plan: Plan, runner: "Runner", store: "Store", trials: int | None, seed: int, budget_s: float | None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The "keys" of the document, and which workloads failed and why. The budget is shared out by workloads."""
+class Tally:
+    """What came of the configs that were measured, and which workloads failed and why."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    def on_event(self, event: "Event") -> None:
+        from ..tuner.events import Failed, Progress
+
+        if isinstance(event, Progress):
+            self.statuses.update(event.statuses)
+        elif isinstance(event, Failed):
+            self.failed.append(f"{event.key.kernel} {event.workload}: {event.message}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {status}" for status, count in self.statuses.most_common())
+
+
+def by_key(plan: Plan, results: "Sequence[Finished]") -> list[dict[str, Any]]:
+    """The "keys" of the document, in the order of the plan."""
+    rows = {(found.key, found.workload): _row(found) for found in results}
+    return [
+        {"key": asdict(key), "workloads": [rows[key, w] for w in workloads if (key, w) in rows]} for key, workloads in plan.items()
+    ]
+
+
+def _row(found: "Finished") -> dict[str, Any]:
+    row = asdict(found)
+    for name in ("key", "note", *(("optimum_us", "regret") if found.optimum_us is None else ())):
+        del row[name]
+    return row
+
+
+def _items(plan: Plan, devices: int) -> "list[Item]":
     from ..kernels.registry import template
-    from ..tuner.progress import ProgressView
-    from ..tuner.session import Event, Failed, tune
+    from ..tuner.session import largest_first
+    from ..tuner.task import Item
 
-    keys: list[dict[str, Any]] = []
-    failed: list[str] = []
-    ends = None if budget_s is None else time.monotonic() + budget_s
-    to_come = sum(map(len, plan.values()))
-
-    def on_event(event: Event) -> None:
-        if isinstance(event, Failed):
-            failed.append(f"{key.kernel} {event.workload}: {event.message}")
-        view.on_event(event)
-
-    with ProgressView() as view:
-        for key, workloads in plan.items():
-            share = None if ends is None else (ends - time.monotonic()) * len(workloads) / to_come
-            to_come -= len(workloads)
-            results = tune(
-                template(key.kernel), key, workloads, runner, store, trials=trials, seed=seed, budget_s=share, on_event=on_event
-            )
-            keys.append({"key": asdict(key), "workloads": results})
-    return keys, failed
+    items = [Item(template(key.kernel), key, workload) for key, workloads in plan.items() for workload in workloads]
+    return items if devices == 1 else largest_first(items)
 
 
-def _device(devices: str | None) -> int | None:
-    if devices is None:
+def _devices(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
         return None
-    if "," in devices:
-        raise UsageError(f"--devices: {devices} are several, this version measures on one")
-    if not devices.isdecimal():
-        raise UsageError(f"--devices: {devices!r} is no device index such as 0")
-    return int(devices)
+    parts = text.split(",")
+    for part in parts:
+        if not part.isdecimal():
+            raise UsageError(f"--devices: {part!r} is no device index such as 0, several are given as 0,1")
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"--devices: {text} names a device twice")
+    return tuple(map(int, parts))
 
 
-def _runner(landscape: Landscape | None) -> "Runner":
-    if landscape is None:
+def _fleet(chosen: source.Source) -> "Fleet":
+    from ..tuner.fleet import Threads
+
+    if chosen.landscape is None:
         from ..tuner.gpu import GpuRunner
 
-        return GpuRunner()
+        runners = GpuRunner.several([source.cuda_name(device) for device in chosen.devices])
+        return Threads(runners, [str(device) for device in chosen.devices])
     from ..tuner.replay import ReplayRunner
 
-    return ReplayRunner(landscape)
+    return Threads([ReplayRunner(chosen.landscape)], ["replay"])
 
 
 def _replayed(request: Request, landscape: Landscape) -> Plan:

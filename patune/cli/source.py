@@ -1,39 +1,44 @@
-"""Where the times of `patune run --gpu NAME` come from: the GPU that is here, or the landscape recorded on one."""
+"""Where the times of `patune run --gpu NAME` come from: the GPUs that are here, or the landscape recorded on one."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..cachedb import landscape
 from ..cachedb.landscape import Landscape
 from ..errors import PatuneError, UsageError
-from . import gpus
+from . import gpus, usage
 from .options import AUTO
 
 
-def choose(name: str, device: int | None, replay: str | None) -> tuple[Landscape | None, str]:
-    """The landscape to replay, or None to measure on this machine; and the line that says which.
+@dataclass(frozen=True, slots=True)
+class Source:
+    landscape: Landscape | None  # to replay; None to measure
+    devices: tuple[int, ...]  # to measure on
+    said: tuple[str, ...]  # lines for people, the first says which of the two it is
 
-    `name` is a short name or "auto"; `device` the index of the GPU to use; `replay` a landscape file, "" for the one that
-    ships with patune, None to replay only where no GPU is visible.
+
+def choose(name: str, devices: tuple[int, ...] | None, replay: str | None) -> Source:
+    """`name` is a short name or "auto"; `devices` the indices of the GPUs to use, None for all that are idle; `replay` a
+    landscape file, "" for the one that ships with patune, None to replay only where no GPU is visible.
     """
-    if replay is not None and device is not None:
+    if replay is not None and devices is not None:
         raise UsageError("--devices: a replay runs on no device, leave out one of --devices and --replay")
-    here = _visible_gpu(device) if replay is None or name == AUTO else None
-    if name == AUTO and here is None:
+    here = visible_gpus() if replay is None or name == AUTO else []
+    if devices is not None and max(devices) >= len(here):
+        raise UsageError(f"--devices: there is no device {max(devices)}, torch sees {len(here)}")
+    if name == AUTO and not here:
         raise UsageError(f"--gpu: auto needs a GPU and none is visible, name the one to tune for: {', '.join(gpus.GPUS)}")
-    if replay is None and here is not None:
-        if name != AUTO and not gpus.is_a(here, name):
-            raise UsageError(f"--gpu: {name} was asked for but the GPU here is {here}: use auto for it, or add --replay")
-        if device is not None:
-            _use_only(device)
-        return None, f"measuring on {here}"
-    recorded = _landscape(here or name, replay)
+    if replay is None and here:
+        return _measure(name, here, devices)
+    recorded = _landscape(here[0] if here else name, replay)
     of = recorded.environment.gpu
-    if of != here and (name == AUTO or not gpus.is_a(of, name)):
-        raise UsageError(f"--replay: that landscape was recorded on {of}, not on {here or name}")
+    if of not in here[:1] and (name == AUTO or not gpus.is_a(of, name)):
+        raise UsageError(f"--replay: that landscape was recorded on {of}, not on {here[0] if here else name}")
     why = "no GPU visible: " if replay is None else ""
     when = recorded.recorded[:10]
-    return recorded, f"{why}replaying the landscape recorded on {of}, {when} (nothing is measured now)"
+    return Source(recorded, (), (f"{why}replaying the landscape recorded on {of}, {when} (nothing is measured now)",))
 
 
 def visible_gpus() -> list[str]:
@@ -43,21 +48,36 @@ def visible_gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def _measure(name: str, here: Sequence[str], wanted: tuple[int, ...] | None) -> Source:
+    """All the devices of one model that are idle, or those that were asked for."""
+    busy = usage.busy_gpus()
+    considered = range(len(here)) if wanted is None else wanted
+    idle = [i for i in considered if i not in busy]
+    model = here[(idle or considered)[0]]
+    if name != AUTO:
+        model = next((here[i] for i in [*idle, *considered] if gpus.is_a(here[i], name)), model)
+        if not gpus.is_a(model, name):
+            raise UsageError(f"--gpu: {name} was asked for but the GPU here is {model}: use auto for it, or add --replay")
+    if wanted is not None and (other := next((i for i in wanted if here[i] != model), None)) is not None:
+        raise UsageError(f"--devices: device {other} is {here[other]}, not {model}: tune one model at a time")
+    same = [i for i in considered if here[i] == model]
+    chosen = same if wanted is not None else [i for i in same if i in idle] or same[:1]
+    said = [f"measuring on {model}" if len(chosen) == 1 else f"measuring on {len(chosen)} x {model}"]
+    for i in same:
+        if i in busy:
+            what = "its times will be unsteady" if i in chosen else "left out"
+            said.append(f"device {i} is busy ({busy[i]}): {what}")
+    return Source(None, tuple(chosen), tuple(said))
+
+
 def shipped_landscapes() -> list[Path]:
     return sorted(landscape.SHIPPED_TABLES.glob(f"*{landscape.SUFFIX}"))
 
 
-def _visible_gpu(device: int | None) -> str | None:
-    names = visible_gpus()
-    if device is not None and device >= len(names):
-        raise UsageError(f"--devices: there is no device {device}, torch sees {len(names)}")
-    return names[device or 0] if names else None
-
-
-def _use_only(device: int) -> None:
-    """Let processes that start from now on, the measuring one among them, see this device alone."""
+def cuda_name(device: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the device that has this index here."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = named.split(",")[device] if named else str(device)
+    return named.split(",")[device] if named else str(device)
 
 
 def _landscape(gpu: str, replay: str | None) -> Landscape:

@@ -1,10 +1,13 @@
 """When a config is faster than another: only if their paired samples say so beyond chance."""
 
+import logging
 import math
 import statistics
 from collections.abc import Sequence
 
 from ..cachedb.trial import Trial
+
+log = logging.getLogger(__name__)
 
 LEAST_SAMPLES = 5
 # Student's t for a two-sided 99 % interval by degrees of freedom; between two entries the larger one holds.
@@ -30,7 +33,9 @@ def faster(candidate_us: Sequence[float], incumbent_us: Sequence[float]) -> bool
         return False
     ratios = [math.log(a / b) for a, b in zip(candidate_us, incumbent_us)]  # the shorter one stopped early
     half = T_99[max(freedom for freedom in T_99 if freedom < n)] * statistics.stdev(ratios) / math.sqrt(n)
-    return statistics.fmean(ratios) + half < 0
+    mean = statistics.fmean(ratios)
+    log.debug("mean log ratio %+.4f ± %.4f over %d rounds", mean, half, n)
+    return mean + half < 0
 
 
 def replaces(candidate: Trial, incumbent: Trial) -> bool:

@@ -1,9 +1,11 @@
-"""Measuring on the GPU of this machine: a pool that compiles ahead and a worker process that is replaced when it dies."""
+"""Measuring on a GPU of this machine: a pool that compiles ahead and a worker process that is replaced when it dies."""
 
+import logging
 import multiprocessing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, Literal, Never
+from typing import Any, Literal, Never, Self
 
 from ..cachedb.trial import Environment, Trial
 from ..errors import WorkerError
@@ -18,17 +20,29 @@ START_TIMEOUT_S = 300.0  # loading torch from a cold disk, and building the tens
 RUN_TIMEOUT_S = 20.0  # between two reports of the worker: one config's check, or one round of a race
 
 
+log = logging.getLogger(__name__)
+
+
 class GpuRunner:
-    """A Runner on the current GPU, or on the CPU under TRITON_INTERPRET=1, where nothing is compiled."""
+    """A Runner on one GPU, or on the CPU under TRITON_INTERPRET=1, where nothing is compiled."""
 
     mode: Literal["measured", "replay"] = "measured"
 
-    def __init__(self, timeout_s: float = RUN_TIMEOUT_S):
+    def __init__(self, timeout_s: float = RUN_TIMEOUT_S, worker: "_Worker | None" = None, pool: CompilePool | None = None):
         refuse_capture()
         self._timeout_s = timeout_s
-        self._worker = _Worker()
+        self._worker = worker or _Worker()
         self.environment: Environment = self._worker.environment
-        self._pool = CompilePool(self.environment.capability) if self.environment.capability else None
+        self._pool = pool or _pool_for(self.environment)
+        self._closed = False
+
+    @classmethod
+    def several(cls, devices: Sequence[str | None]) -> list[Self]:
+        """One for each device, by what CUDA_VISIBLE_DEVICES calls it, None for the current one. They share a compile pool."""
+        with ThreadPoolExecutor(len(devices)) as starting:
+            workers = list(starting.map(_Worker, devices))
+        pool = _pool_for(workers[0].environment)
+        return [cls(worker=worker, pool=pool) for worker in workers]
 
     def prepare(self, key: Key, workload: Workload, points: Sequence[Values]) -> None:
         if self._pool:
@@ -52,6 +66,8 @@ class GpuRunner:
         return None
 
     def close(self) -> None:
+        """End the worker, also in the middle of a race, and the compilers."""
+        self._closed = True
         self._worker.kill()
         if self._pool:
             self._pool.close()
@@ -94,7 +110,10 @@ class GpuRunner:
 
     def _restart(self) -> None:
         self._worker.kill()
-        self._worker = _Worker()
+        if self._closed:
+            raise WorkerError("the runner is closed")
+        log.debug("the measuring process is replaced")
+        self._worker = _Worker(self._worker.device)
 
     def _blame(
         self, key: Key, workload: Workload, lost: "_Lost", running: int | None, outcomes: dict[int, dict[str, Any]]
@@ -117,13 +136,18 @@ class _Lost(Exception):
         self.status, self.message = status, message
 
 
+def _pool_for(environment: Environment) -> CompilePool | None:
+    return CompilePool(environment.capability) if environment.capability else None
+
+
 class _Worker:
     """The measuring process, started and ready."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         context = multiprocessing.get_context("spawn")
+        self.device = device  # as CUDA_VISIBLE_DEVICES calls it; None: what this process sees
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs,), name="patune-measure", daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, device), name="patune-measure", daemon=True)
         self._process.start()
         theirs.close()
         try:

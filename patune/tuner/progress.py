@@ -1,4 +1,4 @@
-"""The live view of a tuning run: a table that is redrawn on a terminal, plain lines anywhere else."""
+"""The live view of a tuning run: what each device does, on a terminal; a plain line for every workload, anywhere."""
 
 import sys
 import time
@@ -11,19 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from ..workload import Key, Workload
-from .session import Event, Failed, Finished, Progress, Started
+from .events import Event, Failed, Finished, Progress, Started
 
 REDRAW_PER_S = 8
 
 
 class ProgressView:
-    """A context manager whose `on_event` takes the events of any number of `tune` calls, one after the other."""
+    """A context manager whose `on_event` takes the events of a `tune` call. `live=False`: plain lines on a terminal too."""
 
-    def __init__(self, stream: TextIO | None = None):
+    def __init__(self, stream: TextIO | None = None, live: bool = True):
         self._console = Console(file=stream or sys.stderr, highlight=False)
-        self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
-        self._key: Key | None = None
-        self._rows: dict[Workload, Event | None] = {}
+        self._live = Live(console=self._console, auto_refresh=False) if live and self._console.is_terminal else None
+        self._key: Key | None = None  # of the line before
+        self._devices: dict[str, Progress | None] = {}
+        self._running: dict[tuple[Key, Workload], Progress] = {}
+        self._total = self._done = 0
         self._began = self._drawn = 0.0
 
     def __enter__(self) -> Self:
@@ -33,50 +35,46 @@ class ProgressView:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
-            self._live.update(self._table(), refresh=True)
+            self._live.update(Text(), refresh=True)
             self._live.stop()
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Started):
-            self._start(event)
-            return
-        self._rows[event.workload] = event
-        if self._live is None:
-            if not isinstance(event, Progress):
-                self._console.print(f"{event.workload}: {_outcome(event)}", soft_wrap=True, markup=False)
-        elif not isinstance(event, Progress) or time.monotonic() - self._drawn > 1 / REDRAW_PER_S:
+            self._began, self._total = time.monotonic(), event.workloads
+            self._devices = dict.fromkeys(event.devices)
+        elif isinstance(event, Progress):
+            self._devices[event.device] = self._running[event.key, event.workload] = event
+        else:
+            self._done += 1
+            self._running.pop((event.key, event.workload), None)
+            self._print(event)
+        if self._live and (not isinstance(event, Progress) or time.monotonic() - self._drawn > 1 / REDRAW_PER_S):
             self._drawn = time.monotonic()
             self._live.update(self._table(), refresh=True)
 
-    def _start(self, event: Started) -> None:
-        if self._live and self._key is not None:  # the finished table of the key before stays above
-            self._console.print(self._table())
-        self._key, self._began = event.key, time.monotonic()
-        self._rows = dict.fromkeys(event.workloads)
-        if self._live is None:
+    def _print(self, event: Finished | Failed) -> None:
+        if event.key != self._key:
+            self._key = event.key
             self._console.print(_title(event.key), soft_wrap=True, markup=False)
+        self._console.print(f"{event.workload}: {_outcome(event)}", soft_wrap=True, markup=False)
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, title=_title(self._key) if self._key else None, title_justify="left")
-        table.add_column("workload", no_wrap=True)
-        table.add_column("", overflow="fold")
-        for workload, event in self._rows.items():
-            if event is not None:
-                text = _progress(event) if isinstance(event, Progress) else _outcome(event)
-                table.add_row(str(workload), Text(text))  # a message's brackets are no markup
-        waiting = sum(event is None for event in self._rows.values())
-        if waiting:
-            table.add_row(f"{waiting} to come", self._time_left())
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for device, event in self._devices.items():
+            name = "" if len(self._devices) == 1 else f"GPU {device}"
+            if event is None or (event.key, event.workload) not in self._running:
+                table.add_row(name, "", "...")
+            else:
+                table.add_row(name, f"{event.key.kernel} {event.workload}", Text(_progress(event)))
+        table.add_row("", f"{self._done}/{self._total} workloads", self._time_left())
         return table
 
     def _time_left(self) -> str:
-        """Estimated from the workloads that are done and the share of the one that runs."""
-        done = sum(
-            event.done / max(event.total, 1) if isinstance(event, Progress) else 1.0 for event in self._rows.values() if event
-        )
+        """Estimated from the workloads that are done and the shares of those that run."""
+        done = self._done + sum(event.done / max(event.total, 1) for event in self._running.values())
         if done == 0:
             return ""
-        seconds = (time.monotonic() - self._began) / done * (len(self._rows) - done)
+        seconds = (time.monotonic() - self._began) / done * max(0.0, self._total - done)
         return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
 
 
@@ -91,13 +89,13 @@ def _progress(event: Progress) -> str:
     return text if event.best_us is None else f"{text}, best {_times(event.best_us, event.default_us)}"
 
 
-def _outcome(event: Event) -> str:
+def _outcome(event: Finished | Failed) -> str:
     if isinstance(event, Failed):
         return f"failed: {event.message}"
-    assert isinstance(event, Finished)
     config = " ".join(f"{name}={value}" for name, value in event.config.items())
     regret = "" if event.regret is None else f", {event.regret:.1%} over the optimum"
-    return f"{_times(event.us, event.default_us)}{regret}, {event.evaluations} configs: {config}"
+    note = f" ({event.note})" if event.note else ""
+    return f"{_times(event.us, event.default_us)}{regret}, {event.evaluations} configs: {config}{note}"
 
 
 def _times(us: float, default_us: float | None) -> str:

@@ -60,10 +60,10 @@ class Search:
         self.total = total if trials is None else min(trials, total)
         self._tpe = None if self.total == total else _Tpe(tunables, set(grid), prior, seed)
 
-    def ask(self) -> list[dict[str, int]]:
-        """The next batch of configs that nobody has measured."""
+    def ask(self, limit: int = ENUMERATED) -> list[dict[str, int]]:
+        """The next batch of configs that nobody has measured, at most `limit`."""
         batch: list[Point] = []
-        for _ in range(min(BATCH if self._tpe else ENUMERATED, self.total - len(self.seen))):
+        for _ in range(min(limit, BATCH if self._tpe else ENUMERATED, self.left)):
             if self._first:
                 point = self._first.pop(0)
                 if self._tpe:
@@ -77,6 +77,11 @@ class Search:
             self._take(point)
             batch.append(point)
         return [dict(zip(self.tunables, point, strict=True)) for point in batch]
+
+    @property
+    def left(self) -> int:
+        """Configs that may still be asked for."""
+        return self.total - len(self.seen)
 
     def tell(self, trials: Iterable[Trial]) -> None:
         """The outcome of configs that were asked for."""

@@ -1,222 +1,279 @@
-"""One tuning run over the workloads of a key: search, race, accept, store. It knows neither GPUs nor terminals."""
+"""A tuning run: workloads are handed to idle devices, races run, decisions are stored. It knows neither GPUs nor terminals."""
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..cachedb.store import Store
-from ..cachedb.trial import Environment, Trial
 from ..errors import WorkerError
-from ..kernels.template import Template, Values
+from ..kernels.template import Values
 from ..workload import Key, Workload
-from .accept import replaces
-from .runner import Race, Runner
-from .search import Search, transferred
-from .space import Point, point_of, valid_points
+from .events import Event, Failed, Finished, Progress, Started
+from .fleet import Fleet, Outcome
+from .runner import ROUNDS, Race
+from .search import BATCH, ENUMERATED
+from .task import FINAL_ROUNDS, FINALISTS, Item, Job, Ledger, Task
 
-FINALISTS = 4  # of the search that run in the last race, besides what was there before and the default
-FINAL_ROUNDS = 15
-DRIFT = 0.05  # of the incumbent's time since the search: the GPU was busy or its clock moved. Seen once in 38 races: 18%.
-FINAL_RACES = 3  # at most, while there is drift
+LAST_RACE = FINAL_ROUNDS / ROUNDS * (FINALISTS + 2)  # what the last race costs, counted in configs of a search's races
+RACE_S = 2.0  # a race should not last longer where several devices share the work
+FIRST_RACE = 4  # its configs there, when nobody knows how long they take
 
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    key: Key
-    workloads: tuple[Workload, ...]
-    environment: Environment
-    mode: str  # "measured" or "replay"
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    workload: Workload
-    done: int  # configs measured, those of earlier runs included
-    total: int
-    best_us: float | None  # None until a config is right
-    default_us: float | None
-    trials_per_s: float
+class Work(Protocol):
+    """Where the workloads of a run come from."""
+
+    def next(self) -> Item | None:
+        """The next one to tune; None if there is none now."""
+        ...
+
+    def soon(self, count: int) -> Sequence[Item]:
+        """What is likely to come next."""
+        ...
+
+    def left(self) -> int:
+        """How many have not been handed out."""
+        ...
+
+    def wait(self) -> bool:
+        """Called with nothing to do: whether there may be something later. May take a while to answer."""
+        ...
+
+    def winners(self, key: Key) -> Iterable[tuple[Workload, Values]]:
+        """What was found for workloads that are done."""
+        ...
+
+    def ledger(self, item: Item) -> Ledger | None:
+        """Where other workers' trials of it are, if there are other workers."""
+        ...
+
+    def done(self, item: Item, outcome: Finished | Failed) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    workload: Workload
-    config: dict[str, int]
-    us: float
-    default_us: float | None  # None if the default config is not right
-    evaluations: int  # configs measured, those of earlier runs included
-    optimum_us: float | None  # known in a replay only
-    regret: float | None  # us over the optimum's, minus 1
+class Items:
+    """A list of workloads, for one process."""
+
+    def __init__(self, items: Sequence[Item]):
+        self._items = list(items)
+        self._winners: dict[Key, list[tuple[Workload, Values]]] = {}
+
+    def next(self) -> Item | None:
+        return self._items.pop(0) if self._items else None
+
+    def soon(self, count: int) -> Sequence[Item]:
+        return self._items[:count]
+
+    def left(self) -> int:
+        return len(self._items)
+
+    def wait(self) -> bool:
+        return False
+
+    def winners(self, key: Key) -> Iterable[tuple[Workload, Values]]:
+        return self._winners.get(key, ())
+
+    def ledger(self, item: Item) -> Ledger | None:
+        return None
+
+    def done(self, item: Item, outcome: Finished | Failed) -> None:
+        if isinstance(outcome, Finished):
+            self._winners.setdefault(item.key, []).append((item.workload, outcome.config))
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    workload: Workload
-    message: str
-
-
-Event = Started | Progress | Finished | Failed
+def largest_first(items: Iterable[Item]) -> list[Item]:
+    """For several devices: nothing long may start when all else is nearly done. One device takes them as they come."""
+    sizes = lambda w: (w.q_len > 1, w.batch_size * w.q_len * w.kv_len)
+    return sorted(items, key=lambda item: sizes(item.workload), reverse=True)
 
 
 def tune(
-    template: Template,
-    key: Key,
-    workloads: Sequence[Workload],
-    runner: Runner,
+    work: Work,
+    fleet: Fleet,
     store: Store,
     *,
     trials: int | None,
     seed: int = 0,
-    budget_s: float | None = None,
+    ends: float | None = None,
     on_event: Callable[[Event], None],
-) -> list[dict[str, Any]]:
-    """Tune every workload; one result each, as `patune run --json` prints it. A workload that fails has none.
+) -> list[Finished]:
+    """Tune every workload; those that fail have no result.
 
     `trials` is the number of configs measured a workload, those of earlier runs included; None measures every valid one.
-    `budget_s` seconds are shared out evenly; what is over when they end is left out. Every batch is stored as soon as it
-    is measured.
+    Everything ends at `ends` on the fleet's clock: the time is shared out evenly, what is over by then is left out, and a race
+    that runs then is lost. Every race is stored as soon as it is over.
     """
-    on_event(Started(key, tuple(workloads), runner.environment, runner.mode))
-    ends = None if budget_s is None else time.monotonic() + budget_s
-    results: list[dict[str, Any]] = []
-    winners: list[tuple[Workload, Values]] = []
-    for n, workload in enumerate(workloads):
-        left = None if ends is None else ends - time.monotonic()
-        if left is not None and left <= 0:
-            break
-        for soon in workloads[n : n + 2]:  # the next one compiles while this one is measured
-            runner.prepare(key, soon, [template.default(key, soon), *valid_points(template, key, soon)])
-        task = _Task(template, key, workload, runner, store, on_event)
-        try:
-            search = task.search(trials, seed, winners)
-            task.run(search, None if left is None else time.monotonic() + left / (len(workloads) - n))
-            finished = task.finish()
-        except WorkerError as error:
-            finished = Failed(workload, str(error))
-        on_event(finished)
-        if isinstance(finished, Finished):
-            winners.append((workload, finished.config))
-            results.append(_result(finished))
-    return results
+    return _Session(work, fleet, store, trials, seed, ends, on_event).run()
 
 
-class _Task:
-    """One workload being tuned."""
+@dataclass(slots=True)
+class _Clock:
+    """The times of a task that is not done, in seconds on the fleet's clock."""
 
+    started: float
+    ends: float | None  # its share of the budget
+    config_s: float | None = None  # what a config of its quickest race took
+    first: int = 0  # configs of its first race
+    setup_s: float = 0.0  # what the first race took beyond that: a device that comes to help makes tensors too
+    spent_s: float = 0.0  # by all devices
+    measured: int = 0  # configs
+
+    def to_do_s(self, configs: int) -> float:
+        """What is to come, if it is so many configs and a last race."""
+        return (configs + LAST_RACE) * (self.config_s or 0.0)
+
+    def took(self, seconds: float, configs: int) -> None:
+        """Learn from a race of the search."""
+        if self.config_s is None:
+            self.config_s, self.first = seconds / configs, configs
+        elif (config_s := seconds / configs) < self.config_s:
+            self.setup_s += (self.config_s - config_s) * self.first
+            self.config_s = config_s
+
+
+class _Session:
     def __init__(
         self,
-        template: Template,
-        key: Key,
-        workload: Workload,
-        runner: Runner,
+        work: Work,
+        fleet: Fleet,
         store: Store,
+        trials: int | None,
+        seed: int,
+        ends: float | None,
         on_event: Callable[[Event], None],
     ):
-        self.key, self.workload, self.runner, self.store, self.on_event = key, workload, runner, store, on_event
-        self.template, self.tunables = template, template.tunables
-        self.points = valid_points(template, key, workload)
-        self.default = template.default(key, workload)
-        self.allowed = {self._point(config) for config in [*self.points, self.default]}
-        entry = store.incumbent(key, workload)
-        self.incumbent = entry["config"] if entry and self._usable(entry["config"]) else self.default
-        self.champion: Values = self.incumbent  # and what has beaten it since
-        environment = runner.environment
-        self.known: dict[Point, Trial] = {}
-        if runner.mode == "measured":  # a replay costs nothing, so it never leaves one half done
-            earlier = store.trials(key, workload, source_hash=template.source_hash, triton=environment.triton, mode=runner.mode)
-            self.known = {self._point(trial.config): trial for trial in earlier if self._usable(trial.config)}
+        self.work, self.fleet, self.store, self.trials, self.seed = work, fleet, store, trials, seed
+        self.ends, self.on_event = ends, on_event
+        self.clocks: dict[Task, _Clock] = {}  # of the tasks that are not done, in the order they were started
+        self.at: dict[int, Task] = {}  # what each device last measured
+        self.busy: dict[int, tuple[Task, Job, float]] = {}  # device -> what it measures, since when
+        self.prepared: set[tuple[Key, Workload]] = set()
+        self.results: list[Finished] = []
+        self.started = 0  # tasks
+        self.spent_s = 0.0  # on those that are done
 
-    def search(self, trials: int | None, seed: int, winners: Iterable[tuple[Workload, Values]]) -> Search:
-        elsewhere = transferred(self.template, self.key, self.workload, winners, self._usable)
-        seeds = [self.default, self.incumbent, *elsewhere]
-        prior = self.known.values()
-        return Search(self.tunables, self.points, trials=trials, seed=seed, seeds=seeds, prior=prior)
-
-    def run(self, search: Search, ends: float | None) -> None:
-        """Measure what the search asks for, at least one batch, until it ends or the time does."""
-        started, measured = time.monotonic(), 0
-        while batch := search.ask():
-            points = [config for config in batch if config != self.champion]
-            race = self.runner.measure(self.key, self.workload, points, self.champion)
-            fresh = [trial for trial in (race.reference, *race.trials) if trial.config in batch]
-            search.tell(fresh)
-            self._keep(race, fresh)
-            measured += len(fresh)
-            rate = measured / max(time.monotonic() - started, 1e-9)
-            best_us = min((_us(trial) for trial in self._right()), default=None)
-            self.on_event(Progress(self.workload, len(self.known), search.total, best_us, self._default_us(), rate))
-            if ends is not None and time.monotonic() >= ends:
+    def run(self) -> list[Finished]:
+        runner = self.fleet.runners[0]
+        self.on_event(Started(self.work.left(), runner.environment, runner.mode, tuple(self.fleet.names)))
+        idle = list(range(len(self.fleet.runners)))
+        while not self._over():
+            idle = [device for device in idle if not self._assign(device)]
+            if not self.busy:
+                if self.work.wait():
+                    continue
                 break
-
-    def finish(self) -> Finished | Failed:
-        """The last race decides between what was there before the run, the default and the best that was found."""
-        best = sorted(self._right(), key=_us)[:FINALISTS]
-        points: list[Values] = []
-        for config in [*(trial.config for trial in best), self.champion, self.default]:
-            if config != self.incumbent and config not in points:
-                points.append(config)
-        race = self._last_race(points)
-        trials = [race.reference, *race.trials]
-        default = next(trial for trial in trials if trial.config == self.default)
-        right = sorted((trial for trial in race.trials if trial.status == "ok"), key=_us)
-        winner = next((trial for trial in right if replaces(trial, race.reference)), race.reference)
-        if replaces(default, winner):  # an old incumbent may have become slower than the default
-            winner = default
-        ids = self.store.add_trials(self.key, self.workload, self.runner.environment, trials, self.runner.mode)
-        if winner.us is None:
-            return Failed(self.workload, f"no config of {self.key.kernel} {self.workload} is right: {winner.message}")
-        optimum_us = self.runner.optimum_us(self.key, self.workload)
-        self._set_config(ids[trials.index(winner)], default.us, optimum_us)
-        regret = None if optimum_us is None else winner.us / optimum_us - 1
-        return Finished(self.workload, winner.config, winner.us, default.us, len(self.known), optimum_us, regret)
-
-    def _last_race(self, points: Sequence[Values]) -> Race:
-        """Raced again while the incumbent is far from its own earlier time: pairs stay fair then, stored times would not."""
-        before = self.known.get(self._point(self.incumbent))
-        for _ in range(FINAL_RACES):
-            race = self.runner.measure(self.key, self.workload, points, self.incumbent, FINAL_ROUNDS)
-            if before is None or not before.us or not race.reference.us or abs(race.reference.us / before.us - 1) <= DRIFT:
+            done = self.fleet.wait(self.ends)
+            if done is None:
                 break
-        return race
+            self._take(*done)
+            idle.append(done[0])
+        for task in list(self.clocks):
+            task.cut()
+            self._close(task)
+        return self.results
 
-    def _keep(self, race: Race, fresh: Sequence[Trial]) -> None:
-        """Store a batch, and its winner if it beat the champion in their race: an interrupted run leaves that much."""
-        ids = self.store.add_trials(self.key, self.workload, self.runner.environment, fresh, self.runner.mode)
-        self.known.update((self._point(trial.config), trial) for trial in fresh)
-        right = [trial for trial in race.trials if replaces(trial, race.reference)]
-        if right:
-            best = min(right, key=_us)
-            self.champion = best.config
-            self._set_config(ids[fresh.index(best)], self._default_us(), None)
+    def _over(self) -> bool:
+        return self.ends is not None and self.fleet.now() >= self.ends
 
-    def _set_config(self, trial_id: int, default_us: float | None, optimum_us: float | None) -> None:
-        self.store.set_config(
-            self.key, self.workload, trial_id, default_us, len(self.known), self.runner.mode, optimum_us=optimum_us
-        )
+    def _assign(self, device: int) -> bool:
+        """Give an idle device something to do, if there is anything."""
+        found = self._find(device)
+        if found is None:
+            return False
+        task, job = found
+        self.at[device], self.busy[device] = task, (task, job, self.fleet.now())
+        item = task.item
+        self.fleet.submit(device, lambda runner: runner.measure(item.key, item.workload, job.points, job.reference, job.rounds))
+        return True
 
-    def _right(self) -> Iterator[Trial]:
-        return (trial for trial in self.known.values() if trial.status == "ok" and trial.us is not None)
+    def _find(self, device: int) -> tuple[Task, Job] | None:
+        """The workload that it is on, one that nobody is on, a share in one that would last too long, a new one, a share in any."""
+        mine = [self.at[device]] if self.at.get(device) in self.clocks else []
+        deserted = [task for task in self.clocks if not task.running]
+        for task in [*mine, *deserted, *self._stragglers()]:
+            if job := self._job(task):
+                return task, job
+        while (item := self.work.next()) is not None:
+            task = self._start(item)
+            if job := self._job(task):
+                return task, job
+        return None
 
-    def _default_us(self) -> float | None:
-        trial = self.known.get(self._point(self.default))
-        return trial.us if trial and trial.status == "ok" else None
+    def _stragglers(self) -> list[Task]:
+        """Those that one device would still be at when the others are done with all the rest, if help would end them sooner."""
+        to_do_s = {task: clock.to_do_s(task.search.left) for task, clock in self.clocks.items()}
+        mean_s = (self.spent_s + sum(clock.spent_s + to_do_s[task] for task, clock in self.clocks.items())) / max(self.started, 1)
+        rest_s = mean_s * self.work.left() / len(self.fleet.runners)
+        found = [
+            task
+            for task, clock in self.clocks.items()
+            if to_do_s[task] > rest_s and task.search.left * (clock.config_s or 0.0) > 2 * clock.setup_s
+        ]
+        return sorted(found, key=lambda task: to_do_s[task], reverse=True)
 
-    def _point(self, config: Values) -> Point:
-        return point_of(config, self.tunables)
+    def _job(self, task: Task) -> Job | None:
+        clock, limit = self.clocks[task], ENUMERATED
+        if len(self.fleet.runners) > 1:
+            first = FIRST_RACE if self.started <= len(self.fleet.runners) else ENUMERATED
+            limit = max(FIRST_RACE, int(RACE_S / clock.config_s)) if clock.config_s else first
+        if clock.ends is not None and clock.config_s and self.fleet.now() + clock.to_do_s(min(limit, BATCH)) > clock.ends:
+            task.stop_search()
+        return task.job(limit)
 
-    def _usable(self, config: Mapping[str, int]) -> bool:
-        """Whether a config from elsewhere has a place here: the same tunables, valid for this workload."""
-        return config.keys() == self.tunables.keys() and self._point(config) in self.allowed
+    def _start(self, item: Item) -> Task:
+        runner, devices = self.fleet.runners[0], len(self.fleet.runners)
+        for soon in [item, *self.work.soon(devices)]:  # these compile while this one is measured
+            if (soon.key, soon.workload) not in self.prepared:
+                self.prepared.add((soon.key, soon.workload))
+                default = soon.template.default(soon.key, soon.workload)
+                runner.prepare(soon.key, soon.workload, [default, *soon.points()])
+        task = Task(
+            item, runner, self.store, trials=self.trials, seed=self.seed,
+            winners=self.work.winners(item.key), ledger=self.work.ledger(item),
+        )  # fmt: skip
+        now = self.fleet.now()
+        ends = None
+        if self.ends is not None:
+            ends = min(self.ends, now + (self.ends - now) * devices / (self.work.left() + len(self.clocks) + 1))
+        self.clocks[task] = _Clock(now, ends)
+        self.started += 1
+        return task
 
+    def _take(self, device: int, outcome: Outcome) -> None:
+        task, job, since = self.busy.pop(device)
+        if task not in self.clocks:  # it failed while this device helped
+            return
+        clock, now = self.clocks[task], self.fleet.now()
+        if isinstance(outcome, Race):
+            name, took_s, configs = self.fleet.names[device], now - since, len(job.points) + 1
+            log.debug("%s: device %s raced %d configs in %.2f s", task.item, name, configs, took_s)
+            clock.spent_s += took_s
+            clock.measured += len(job.asked)
+            if job.asked:
+                clock.took(took_s, configs)
+            task.take(job, outcome)
+            if job.asked:
+                self.on_event(self._progress(task, clock, device, job, outcome))
+        elif isinstance(outcome, WorkerError):
+            task.fail(str(outcome))
+        else:
+            raise outcome
+        if task.outcome:
+            self._close(task)
 
-def _us(trial: Trial) -> float:
-    return math.inf if trial.us is None else trial.us
+    def _progress(self, task: Task, clock: "_Clock", device: int, job: Job, race: Race) -> Progress:
+        rate = clock.measured / max(self.fleet.now() - clock.started, 1e-9)
+        statuses = tuple(trial.status for trial in (race.reference, *race.trials) if trial.config in job.asked)
+        return Progress(
+            task.key, task.workload, self.fleet.names[device], statuses,
+            len(task.known), task.search.total, task.best_us, task.default_us, rate,
+        )  # fmt: skip
 
-
-def _result(finished: Finished) -> dict[str, Any]:
-    result = asdict(finished)
-    if finished.optimum_us is None:
-        del result["optimum_us"], result["regret"]
-    return result
+    def _close(self, task: Task) -> None:
+        self.spent_s += self.clocks.pop(task).spent_s
+        if task.outcome:
+            self.work.done(task.item, task.outcome)
+            self.on_event(task.outcome)
+        if isinstance(task.outcome, Finished):
+            self.results.append(task.outcome)

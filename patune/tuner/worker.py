@@ -8,6 +8,7 @@ which config was running when the reports end:
 
 import functools
 import gc
+import os
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -23,9 +24,11 @@ from .compile import summary
 REFERENCE = 0  # the index of the config that is timed in every round
 
 
-def serve(pipe: Connection) -> None:
-    """Report ready, then measure jobs until the pipe closes or the GPU fails."""
+def serve(pipe: Connection, device: str | None = None) -> None:
+    """Report ready, then measure jobs until the pipe closes or the GPU fails. `device` is all that this process sees."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # CUDA reads it when it is first used, which is below
     try:
         clock = timing.clock()
         environment = environment_of(clock)

@@ -1,10 +1,10 @@
 import json
-import os
 
 import pytest
 
 from patune.cachedb import lookup
-from patune.cli import source
+from patune.cli import source, usage
+from patune.errors import UsageError
 
 from .recording import BEST, KEY, WORKLOADS, record, right, wrong
 
@@ -129,7 +129,7 @@ def test_a_landscape_file_that_is_none_names_the_file(patune, tmp_path):
         (["--budget", "0s"], "Invalid value for '--budget': '0s' is no duration"),
         (["--trials", "0"], "Invalid value for '--trials': '0' is no number of configs"),
         (["--trials", "many"], "Invalid value for '--trials': 'many' is no number of configs"),
-        (["--devices", "0,1"], "--devices: 0,1 are several, this version measures on one"),
+        (["--devices", "0,0"], "--devices: 0,0 names a device twice"),
         (["--devices", "first"], "--devices: 'first' is no device index"),
         (["--devices", "3"], "--devices: there is no device 3, torch sees 0"),
         (["--devices", "0", "--replay"], "--devices: a replay runs on no device"),
@@ -215,10 +215,48 @@ def test_the_same_seed_finds_the_same_table(patune, recorded, tmp_path):
     assert run("a.db", 3) == run("b.db", 3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("4,7", "7")])
-def test_the_chosen_device_is_the_only_one_that_the_measuring_process_sees(before, after, visible, monkeypatch):
-    visible += ["NVIDIA H200", KEY.gpu]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before or "")
-    landscape, line = source.choose("h100", 1, None)
-    assert (landscape, line) == (None, f"measuring on {KEY.gpu}")
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+@pytest.mark.parametrize(("set_to", "device", "name"), [("", 1, "1"), ("4,7", 1, "7"), ("GPU-a,GPU-b", 0, "GPU-a")])
+def test_a_device_is_called_what_cuda_calls_it_in_this_process(set_to, device, name, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_to)
+    assert source.cuda_name(device) == name
+
+
+H100, H200 = KEY.gpu, "NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "names", "busy", "chosen", "said"),
+    [
+        ("h100", None, [H100], {}, (0,), [f"measuring on {H100}"]),
+        ("h100", None, [H100] * 4, {}, (0, 1, 2, 3), [f"measuring on 4 x {H100}"]),
+        ("auto", None, [H100] * 3, {1: "9%"}, (0, 2), [f"measuring on 2 x {H100}", "device 1 is busy (9%): left out"]),
+        ("h100", None, [H200, H100, H100], {}, (1, 2), [f"measuring on 2 x {H100}"]),
+        ("auto", None, [H200, H100], {0: "9%"}, (1,), [f"measuring on {H100}"]),
+        ("auto", (1,), [H200, H100], {}, (1,), [f"measuring on {H100}"]),
+        ("h100", (0,), [H100] * 2, {0: "9%"}, (0,), [f"measuring on {H100}", "device 0 is busy (9%): its times will be unsteady"]),
+        ("auto", None, [H100], {0: "9%"}, (0,), [f"measuring on {H100}", "device 0 is busy (9%): its times will be unsteady"]),
+    ],
+)
+def test_a_run_takes_the_idle_gpus_of_one_model_and_says_which_are_busy(
+    gpu, wanted, names, busy, chosen, said, visible, monkeypatch
+):
+    visible += names
+    monkeypatch.setattr(usage, "busy_gpus", lambda: busy)
+    assert source.choose(gpu, wanted, None) == source.Source(None, chosen, tuple(said))
+
+
+def test_two_models_in_one_run_are_refused_by_name(visible):
+    visible += [H100, H200]
+    with pytest.raises(UsageError, match="--devices: device 1 is NVIDIA H200, not NVIDIA H100 80GB HBM3"):
+        source.choose("auto", (0, 1), None)
+
+
+def test_verbose_logs_every_decision_on_stderr(patune, recorded, db):
+    result = patune("run", "--gpu", "h100", "--replay", recorded, "--db", db, "-v", "--json")
+    json.loads(result.stdout)
+    best = " ".join(f"{name}={value}" for name, value in BEST.items())
+    assert f"task: append B8 L4096: {best} takes the place of" in result.stderr
+    assert f"task: append B8 L4096: the last race is over, {best} takes the place of" in result.stderr
+    assert "accept: mean log ratio" in result.stderr
+    quiet = patune("run", "--gpu", "h100", "--replay", recorded, "--db", db, "--json")
+    assert "task:" not in quiet.stderr
