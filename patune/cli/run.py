@@ -22,7 +22,7 @@ from .verbose import logged
 if TYPE_CHECKING:
     from ..tuner.events import Event, Finished
     from ..tuner.fleet import Fleet
-    from ..tuner.task import Item
+    from ..tuner.session import Work
 
 
 @click.command(short_help="Tune a GPU, or replay how it went on one.")
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--budget", type=Duration(), metavar="TIME", help="Stop after this long: 60s, 5m, 1h or plain seconds.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @click.option("--devices", metavar="0,1,...", help="The GPUs to measure on. [default: all that are idle]")
+@click.option("--storage", metavar="URL", help="Share the search with other workers: a database, grpc://, or a journal file.")
 @click.option("--replay", is_flag=False, flag_value="", metavar="[FILE]", help="Replay a landscape, not measure.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision on stderr.")
 @database(must_exist=False)
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 def command(
     gpu: str, kernel: str, model: str | None, head_dim: int | None, page_size: int | None, q_heads: int | None,
     kv_heads: int | None, dtype: str, kv_dtype: str | None, batch_size: int | None, kv_len: int | None, q_len: int | None,
-    ragged: bool, trials: int | str, budget: float | None, seed: int, devices: str | None, replay: str | None,
-    verbose: bool, db: Path | None, as_json: bool,
+    ragged: bool, trials: int | str, budget: float | None, seed: int, devices: str | None, storage: str | None,
+    replay: str | None, verbose: bool, db: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Search for the fastest configs and keep them in the database.
 
@@ -71,23 +72,28 @@ def command(
         click.echo(line, err=as_json)
     path = db or database_path()
 
+    limit = None if trials == "all" else int(trials)
+
     from ..cachedb.store import Store
     from ..tuner.progress import ProgressView
-    from ..tuner.session import Items, tune
+    from ..tuner.session import tune
 
-    with Store.open(path) as store, contextlib.closing(_fleet(chosen)) as fleet:
+    tally = Tally()
+
+    def on_event(event: "Event") -> None:
+        tally.on_event(event)
+        view.on_event(event)
+
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(Store.open(path))
+        fleet = stack.enter_context(contextlib.closing(_fleet(chosen)))
         runner = fleet.runners[0]
         plan = request.measured(runner.environment) if chosen.landscape is None else _replayed(request, chosen.landscape)
-        work = Items(_items(plan, len(fleet.runners)))
-        tally = Tally()
-
-        def on_event(event: "Event") -> None:
-            tally.on_event(event)
-            view.on_event(event)
-
-        with logged(verbose), ProgressView(live=not verbose) as view:
-            limit = None if trials == "all" else int(trials)
-            results = tune(work, fleet, store, trials=limit, seed=seed, ends=ends, on_event=on_event)
+        work = _work(plan, fleet, storage, limit)
+        stack.callback(work.close)
+        stack.enter_context(logged(verbose))
+        view = stack.enter_context(ProgressView(live=not verbose))
+        results = tune(work, fleet, store, trials=limit, seed=seed, ends=ends, on_event=on_event)
         keys = by_key(plan, results)
         document = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": keys}
     if as_json:
@@ -100,7 +106,9 @@ def command(
     if tally.statuses:
         click.echo(f"configs: {tally}", err=True)
     left = sum(map(len, plan.values())) - len(results) - len(tally.failed)
-    if left:
+    if left > 0 and storage is not None:
+        click.echo(f"{left} workloads are other workers' or left to them, `patune db merge` joins the databases", err=True)
+    elif left > 0:
         click.echo(f"the budget ended before {left} workloads, a larger --budget has room for them", err=True)
     for failure in tally.failed:
         click.echo(f"failed: {failure}", err=True)
@@ -142,13 +150,19 @@ def _row(found: "Finished") -> dict[str, Any]:
     return row
 
 
-def _items(plan: Plan, devices: int) -> "list[Item]":
+def _work(plan: Plan, fleet: "Fleet", storage: str | None, trials: int | None) -> "Work":
     from ..kernels.registry import template
-    from ..tuner.session import largest_first
+    from ..tuner.session import Items, largest_first
     from ..tuner.task import Item
 
     items = [Item(template(key.kernel), key, workload) for key, workloads in plan.items() for workload in workloads]
-    return items if devices == 1 else largest_first(items)
+    if storage is None:
+        return Items(items if len(fleet.runners) == 1 else largest_first(items))
+    from ..tuner.shared import SharedWork
+    from ..tuner.storage import connect
+
+    runner = fleet.runners[0]
+    return SharedWork(connect(storage), largest_first(items), runner.environment, runner.mode, trials)
 
 
 def _devices(text: str | None) -> tuple[int, ...] | None:

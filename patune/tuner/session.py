@@ -1,7 +1,7 @@
 """A tuning run: workloads are handed to idle devices, races run, decisions are stored. It knows neither GPUs nor terminals."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +51,10 @@ class Work(Protocol):
 
     def done(self, item: Item, outcome: Finished | Failed) -> None: ...
 
+    def close(self) -> None:
+        """Give back what was handed out and is not done."""
+        ...
+
 
 class Items:
     """A list of workloads, for one process."""
@@ -80,6 +84,9 @@ class Items:
     def done(self, item: Item, outcome: Finished | Failed) -> None:
         if isinstance(outcome, Finished):
             self._winners.setdefault(item.key, []).append((item.workload, outcome.config))
+
+    def close(self) -> None:
+        """Nobody else waits for it."""
 
 
 def largest_first(items: Iterable[Item]) -> list[Item]:
@@ -170,7 +177,7 @@ class _Session:
             idle.append(done[0])
         for task in list(self.clocks):
             task.cut()
-            self._close(task)
+            self._report(task)
         return self.results
 
     def _over(self) -> bool:
@@ -189,9 +196,7 @@ class _Session:
 
     def _find(self, device: int) -> tuple[Task, Job] | None:
         """The workload that it is on, one that nobody is on, a share in one that would last too long, a new one, a share in any."""
-        mine = [self.at[device]] if self.at.get(device) in self.clocks else []
-        deserted = [task for task in self.clocks if not task.running]
-        for task in [*mine, *deserted, *self._stragglers()]:
+        for task in self._under_way(device):
             if job := self._job(task):
                 return task, job
         while (item := self.work.next()) is not None:
@@ -199,6 +204,13 @@ class _Session:
             if job := self._job(task):
                 return task, job
         return None
+
+    def _under_way(self, device: int) -> Iterator[Task]:
+        if self.at.get(device) in self.clocks:
+            yield self.at[device]
+        yield from [task for task in self.clocks if not task.running]
+        if len(self.fleet.runners) > 1:
+            yield from self._stragglers()
 
     def _stragglers(self) -> list[Task]:
         """Those that one device would still be at when the others are done with all the rest, if help would end them sooner."""
@@ -252,7 +264,10 @@ class _Session:
             clock.measured += len(job.asked)
             if job.asked:
                 clock.took(took_s, configs)
-            task.take(job, outcome)
+            try:
+                task.take(job, outcome)
+            except WorkerError as error:  # of a worker on another host, who has it now
+                task.fail(str(error))
             if job.asked:
                 self.on_event(self._progress(task, clock, device, job, outcome))
         elif isinstance(outcome, WorkerError):
@@ -272,8 +287,12 @@ class _Session:
 
     def _close(self, task: Task) -> None:
         self.spent_s += self.clocks.pop(task).spent_s
+        assert task.outcome
+        self.work.done(task.item, task.outcome)
+        self._report(task)
+
+    def _report(self, task: Task) -> None:
         if task.outcome:
-            self.work.done(task.item, task.outcome)
             self.on_event(task.outcome)
         if isinstance(task.outcome, Finished):
             self.results.append(task.outcome)

@@ -137,7 +137,6 @@ class Task:
         self._finish(trial, self._default_us(), "the budget ended before its last race")
 
     def fail(self, message: str) -> None:
-        self.running -= 1
         self.outcome = Failed(self.key, self.workload, message)
 
     @property
