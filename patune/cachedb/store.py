@@ -4,7 +4,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ TRIALS_SQL = """
       AND (:source_hash IS NULL OR t.source_hash = :source_hash)
       AND (:triton IS NULL OR e.triton = :triton)
       AND (:mode IS NULL OR t.mode = :mode)
+      AND (:environment IS NULL OR t.environment_id = :environment)
     ORDER BY t.id
 """
 
@@ -36,7 +37,16 @@ TRIALS_SQL = """
 TRIED_SQL = """
     SELECT DISTINCT k.*, w.*, e.gpu AS measured_on, e.sm_count AS measured_sms, e.capability, e.driver, e.triton, e.torch
     FROM trials t JOIN keys k ON k.id = t.key_id JOIN workloads w ON w.id = t.workload_id
-    JOIN environments e ON e.id = t.environment_id WHERE t.mode = 'measured' ORDER BY k.id, w.id"""
+    JOIN environments e ON e.id = t.environment_id WHERE t.mode = :mode ORDER BY k.id, w.id"""
+
+
+EARNED_SQL = """
+    SELECT c.key_id, c.workload_id, c.trial_id FROM configs c JOIN trials t ON t.id = c.trial_id
+    WHERE t.status <> 'ok' OR t.us IS NULL OR t.key_id <> c.key_id OR t.workload_id <> c.workload_id OR t.mode <> c.mode"""
+
+PRUNE_SQL = """
+    DELETE FROM trials WHERE key_id IN (SELECT id FROM keys WHERE kernel = ?) AND source_hash <> ?
+    AND id NOT IN (SELECT trial_id FROM configs)"""
 
 
 class Store:
@@ -107,11 +117,13 @@ class Store:
         source_hash: str | None = None,
         triton: str | None = None,
         mode: str | None = None,
+        environment: Environment | None = None,
     ) -> list[Trial]:
-        """The trials of a workload, oldest first: those of this source hash, Triton version and mode, where given."""
+        """The trials of a workload, oldest first: those of this source hash, Triton version, mode and environment, where given."""
         wanted = {"source_hash": source_hash, "triton": triton, "mode": mode}
         with self._explained():
             of = {
+                "environment": None if environment is None else self._find("environments", asdict(environment)) or -1,
                 "key": self._find("keys", asdict(key)),
                 "workload": self._find("workloads", asdict(workload)),
             }
@@ -152,15 +164,36 @@ class Store:
             found = entries_of(self._db.conn, "c.key_id = ? AND c.workload_id = ?", ids)
             return found[0] if found else None
 
-    def tried(self) -> list[tuple[Key, Workload, Environment]]:
-        """What there are measured trials of, and where they were measured."""
+    def tried(self, mode: str = "measured") -> list[tuple[Key, Workload, Environment]]:
+        """What there are trials of, and where they were measured."""
         with self._explained():
-            return [_tried(row) for row in self._db.query(TRIED_SQL)]
+            return [_tried(row) for row in self._db.query(TRIED_SQL, {"mode": mode})]
 
     def entries(self) -> list[Entry]:
         """Every entry, in a fixed order."""
         with self._explained():
             return entries_of(self._db.conn)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the content, in lines; nothing if all is well."""
+        with self._explained():
+            found = [row[0] for row in self._db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            found += [f"a row of {row[0]} points to none of {row[2]}" for row in self._db.execute("PRAGMA foreign_key_check")]
+            unearned = self._db.execute(EARNED_SQL)
+            return found + [f"the config of key {key}, workload {w} was not earned by its trial {t}" for key, w, t in unearned]
+
+    def prune(self, current: Mapping[str, str]) -> int:
+        """Drop trials of other versions of these kernels, by their source hashes, that no config comes from; how many."""
+        with self._writing():
+            before = self._db.table("trials").count
+            for kernel, source_hash in current.items():
+                self._db.conn.execute(PRUNE_SQL, (kernel, source_hash))
+            for table, reference in (("environments", "environment_id"), ("keys", "key_id"), ("workloads", "workload_id")):
+                self._db.conn.execute(f"DELETE FROM {table} WHERE id NOT IN (SELECT {reference} FROM trials)")
+            dropped = before - self._db.table("trials").count
+        with self._explained():
+            self._db.conn.execute("VACUUM")
+        return dropped
 
     def counts(self) -> dict[str, int]:
         """Rows in each table."""

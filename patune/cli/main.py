@@ -8,7 +8,7 @@ import click
 from .. import __version__
 from ..errors import PatuneError
 
-COMMANDS = ("run", "show", "lookup", "export", "doctor")
+COMMANDS = ("run", "show", "lookup", "export", "db", "doctor")
 
 
 class Commands(click.Group):
