@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .gpus import GPUS
+from .plan import KERNELS
 
 AUTO = "auto"  # the GPU that is here
 AT_LEAST_1 = click.IntRange(min=1)
@@ -37,6 +38,19 @@ class Count(click.ParamType):
         if value == "all" or (str(value).isdecimal() and int(value) > 0):
             return value if value == "all" else int(value)
         self.fail(f"{value!r} is no number of configs: use 1 or more, or all", param, ctx)
+
+
+class Kernel(click.ParamType):
+    """One of patune's kernels, "all", or the name of a template outside patune."""
+
+    name = "kernel"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..kernels.registry import template
+
+        if value != "all" and value not in KERNELS:
+            template(value)  # says what is wrong with it
+        return value
 
 
 def database(must_exist: bool) -> Any:

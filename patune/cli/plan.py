@@ -40,6 +40,11 @@ class Request:
 
     def measured(self, gpu: Environment) -> Plan:
         """Everything that was asked for. Shapes that differ in their number of KV heads alone share a key."""
+        if self.kernels[0] not in KERNELS and self.shape is None and self.sizes is None:
+            return self._own_targets(gpu)
+        if self.kernels[0] not in KERNELS and (self.shape is None or self.sizes is None):
+            missing = "--head-dim, --q-heads, --kv-heads" if self.shape is None else "--batch-size, --kv-len"
+            raise UsageError(f"{missing}: missing, a kernel outside patune needs both the shape and one workload, or neither")
         targets = TARGETS if self.shape is None else [(kernel, self.shape) for kernel in self.kernels]
         plan: Plan = {}
         for kernel, shape in targets:
@@ -64,6 +69,19 @@ class Request:
         if not plan:
             raise UsageError(f"the landscape of {landscape.environment.gpu} has none of it, {self._alternatives(landscape)}")
         return plan, [key for key in wanted if key not in plan and key.kernel in self.kernels]
+
+    def _own_targets(self, gpu: Environment) -> Plan:
+        from ..kernels.registry import template
+
+        (kernel,) = self.kernels
+        fixed = {"page_size": 1, "q_heads_per_kv": 1, "q_dtype": self.dtype, "kv_dtype": self.dtype}
+        plan = {
+            Key(**{"kernel": kernel, "gpu": gpu.gpu, "sm_count": gpu.sm_count, **fixed, **fields}): list(workloads)
+            for fields, workloads in template(kernel).targets
+        }
+        if not plan:
+            raise UsageError(f"--kernel: {kernel} names no targets, give --head-dim and so on, --batch-size and --kv-len")
+        return plan
 
     def _key(self, kernel: str, shape: Shape, gpu: Environment) -> Key:
         group = 1 if kernel == "append" else shape.q_heads // shape.kv_heads

@@ -15,7 +15,7 @@ from ..cachedb.file import database_path
 from ..cachedb.landscape import Landscape
 from ..errors import UsageError
 from . import source
-from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, as_json, database
+from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, Kernel, as_json, database
 from .plan import KERNELS, Plan, Request, shape_of, sizes_of
 from .verbose import logged
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Tune a GPU, or replay how it went on one.")
 @click.option("--gpu", type=GPU_OR_AUTO, required=True, help="The GPU to tune for; auto: the one here.")
-@click.option("--kernel", type=click.Choice([*KERNELS, "all"]), default="all", show_default=True)
+@click.option(
+    "--kernel", type=Kernel(), default="all", show_default=True, metavar="NAME",
+    help="decode, prefill, append, all, or a template of yours: file.py:TEMPLATE.",
+)  # fmt: skip
 @click.option("--model", metavar="NAME", help="Take the shape of a model such as llama-3.1-8b.")
 @click.option("--head-dim", type=AT_LEAST_1, help="The shape, without --model: with --q-heads and --kv-heads.")
 @click.option("--page-size", type=AT_LEAST_1, help="Tokens a page. [default: 16]")

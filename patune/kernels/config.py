@@ -3,7 +3,9 @@
 Neither triton nor a GPU is needed; torch is imported only to ask which GPU is there.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from ..cachedb import lookup
@@ -69,15 +71,16 @@ def get_best_config(
 ) -> Config:
     """The best known config of a kernel for a workload.
 
-    kernel: "decode", "prefill", "prefill_hopper" (what paged_prefill prefers on a Hopper) or "append". page_size in tokens;
-    kv_len and q_len are mean tokens a sequence; ragged if the longest sequence is at least twice the mean. kv_dtype defaults to
-    q_dtype. With neither device_name nor sm_count, the current CUDA device is meant if there is one. Looks in the user's table,
-    then in the ones that ship with patune: this workload, else the nearest one, else another GPU of the same architecture, else
-    a rule; `.source` says which.
+    kernel: "decode", "prefill", "prefill_hopper" (what paged_prefill prefers on a Hopper), "append", or a template outside
+    patune, as `patune run --kernel` takes it; without an entry that one's config is empty. page_size in tokens; kv_len and q_len
+    are mean tokens a sequence; ragged if the longest sequence is at least twice the mean. kv_dtype defaults to q_dtype. With
+    neither device_name nor sm_count, the current CUDA device is meant if there is one. Looks in the user's table, then in the
+    ones that ship with patune: this workload, else the nearest one, else another GPU of the same architecture, else a rule;
+    `.source` says which.
 
     Raises UsageError (a ValueError) for an unknown kernel or a size below 1.
     """
-    if kernel not in KERNELS:
+    if kernel not in KERNELS and not _is_outside(kernel):
         raise UsageError(f"kernel: {kernel!r} is unknown, use one of {', '.join(KERNELS)}")
     sizes = dict(head_dim=head_dim, page_size=page_size, q_heads_per_kv=q_heads_per_kv, q_len=q_len)
     optional = dict(sm_count=sm_count, batch_size=batch_size, kv_len=kv_len, kv_heads=kv_heads)
@@ -102,7 +105,7 @@ def find(query: dict) -> Config:
     """get_best_config for a query that is already complete and valid; what the kernels call."""
     entry, source = lookup.table().find(query)
     if entry is None:
-        return Config(default_config(query), "default")
+        return Config(default_config(query) if query["kernel"] in KERNELS else {}, "default")
     values = entry["config"] if source == "measured" else adapt(entry, query)
     return Config(values, source, lookup.provenance(entry))
 
@@ -113,6 +116,11 @@ def find_either(first: dict, second: dict) -> tuple[str, Config]:
     same = a and b and all(a[field] == b[field] for field in ("gpu", *lookup.WORKLOAD_FIELDS))
     query = second if a and b and same and b["us"] < a["us"] else first
     return query["kernel"], find(query)
+
+
+@functools.cache
+def _is_outside(kernel: str) -> bool:
+    return ":" in kernel or bool(entry_points(group="patune.templates", name=kernel))
 
 
 def _plain(dtype: object) -> str:

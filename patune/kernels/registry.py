@@ -1,11 +1,17 @@
 """Templates by name; the only place that knows them all."""
 
+import functools
 import importlib
+import importlib.util
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from ..errors import UsageError
 from .template import Template
 
 NAMES = ("decode", "prefill", "prefill_hopper", "append")
+ENTRY_POINTS = "patune.templates"  # the group in which an installed package names its templates
 
 
 def candidates(kernel: str, capability: str | None, head_dim: int, page_size: int) -> tuple[str, ...]:
@@ -14,11 +20,33 @@ def candidates(kernel: str, capability: str | None, head_dim: int, page_size: in
     return ("prefill", "prefill_hopper") if kernel == "prefill" and hopper else (kernel,)
 
 
+@functools.cache
 def template(name: str) -> Template:
-    """The template called `name`, or the one at "package.module:ATTRIBUTE" for a kernel outside patune."""
+    """The template called `name`: one of patune's, one that an installed package names, or that at "package.module:ATTRIBUTE"
+    or "path/to/file.py:ATTRIBUTE". UsageError if there is none."""
     if name in NAMES:
         return importlib.import_module(f".{name}", __package__).TEMPLATE
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise UsageError(f"kernel {name!r} is unknown: use one of {', '.join(NAMES)}, or 'package.module:TEMPLATE'")
-    return getattr(importlib.import_module(module), attribute)
+    place, _, attribute = name.rpartition(":")
+    named = entry_points(group=ENTRY_POINTS, name=name)
+    if not place and not named:
+        raise UsageError(
+            f"kernel {name!r} is unknown: use one of {', '.join(NAMES)}, 'package.module:TEMPLATE' or 'path/to/file.py:TEMPLATE'"
+        )
+    try:
+        found = next(iter(named)).load() if named else getattr(_module(place), attribute)
+    except (ImportError, AttributeError, OSError) as error:
+        raise UsageError(f"kernel {name!r} cannot be loaded: {error}") from error
+    if not isinstance(found, Template):
+        raise UsageError(f"kernel {name!r} is a {type(found).__name__}, not a patune.kernels.template.Template")
+    return found
+
+
+def _module(place: str):
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # dataclasses and pickle look there
+    spec.loader.exec_module(module)
+    return module

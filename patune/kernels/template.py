@@ -4,7 +4,7 @@ import functools
 import hashlib
 import io
 import tokenize
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +63,8 @@ class Template:
     jit_functions: tuple[Any, ...]  # the kernels and the device functions that they call
     # (config, key, its workload, another workload): the config fitted to the other one, a point worth trying there
     fit: Callable[[Values, Key, Workload, Workload], dict[str, int]] = lambda config, key, of, to: dict(config)
+    # what `patune run` tunes unless it is told: fields of Key (those left out are 1, and bfloat16), and workloads for them
+    targets: Sequence[tuple[Mapping[str, Any], Sequence[Workload]]] = ()
 
     @functools.cached_property
     def source_hash(self) -> str:
