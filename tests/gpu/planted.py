@@ -1,0 +1,88 @@
+"""A tiny template whose tunable FAULT plants on a real GPU what can go wrong there."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from patune.kernels.template import Launch, Template
+from patune.workload import Key, Workload
+
+NONE, WRONG, NAN, ILLEGAL, HANGS, TOO_BIG, OUT_OF_MEMORY, BREAKS_COMPILER = range(8)
+NAME = "tests.gpu.planted:PLANTED"
+
+
+@triton.jit
+def double(x_ptr, out_ptr, n, shift, FACTOR: tl.constexpr, BREAKS: tl.constexpr, BLOCK: tl.constexpr):
+    tl.static_assert(not BREAKS, "planted")
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n)
+    tl.store(out_ptr + shift + offs, x * FACTOR, mask=offs < n)
+
+
+@triton.jit
+def spin(flag_ptr):
+    while tl.load(flag_ptr, volatile=True) == 0:  # nobody ever sets it
+        pass
+
+
+@triton.jit
+def hoard(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tile = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :])
+    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], tl.dot(tile, tile))
+
+
+@dataclass
+class Doubling:
+    """kv_len numbers, to be doubled."""
+
+    key: Key
+    workload: Workload
+    device: str
+    seed: int = 0
+    sets: int = 2
+    tolerance: float = 1e-6
+
+    def __post_init__(self):
+        n = self.workload.kv_len
+        self.bytes, self.flops = 8 * n, n
+        self.x = [torch.full((n,), r + 1.0, device=self.device) for r in range(self.sets)]
+        self.out = [torch.empty_like(x) for x in self.x]
+        self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.tile = torch.zeros(256, 256, device=self.device)
+
+    def launches(self, config, r=0):
+        fault, n = config["FAULT"], self.workload.kv_len
+        if fault == HANGS:
+            return [Launch(spin, (1,), {"flag_ptr": self.flag})]
+        if fault == TOO_BIG:
+            return [Launch(hoard, (1,), {"x_ptr": self.tile, "out_ptr": self.tile, "BLOCK": 256, "num_warps": 4})]
+        if fault == OUT_OF_MEMORY and self.device != "meta":
+            torch.empty(1 << 50, dtype=torch.uint8, device=self.device)
+        args = {
+            "x_ptr": self.x[r], "out_ptr": self.out[r], "n": n, "shift": 1 << 40 if fault == ILLEGAL else 0,
+            "FACTOR": {WRONG: 3.0, NAN: float("nan")}.get(fault, 2.0), "BREAKS": fault == BREAKS_COMPILER,
+            "BLOCK": config["BLOCK"], "num_warps": 1,
+        }  # fmt: skip
+        return [Launch(double, (triton.cdiv(n, config["BLOCK"]),), args)]
+
+    def poison(self, r=0):
+        self.out[r].fill_(float("nan"))
+
+    def error(self, r=0):
+        want = 2 * self.x[r]
+        error = ((self.out[r] - want).norm() / want.norm()).item()
+        return error if error == error else float("inf")
+
+
+PLANTED = Template(
+    name="planted",
+    tunables={"BLOCK": (32, 64, 128), "FAULT": tuple(range(8))},
+    runtime=frozenset(),
+    invalid=lambda config, key, workload: None,
+    default=lambda key, workload: {"BLOCK": 32, "FAULT": NONE},
+    problem=Doubling,
+    jit_functions=(double, spin, hoard),
+)
