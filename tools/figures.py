@@ -81,6 +81,25 @@ def search_table() -> str:
     return "\n".join([*lines, "", f"{document['seeds']} seeds each."])
 
 
+def ablation_table() -> str:
+    """What is saved of the possible, over evaluations, with a part of the search left out, and by other samplers."""
+    document = json.loads((RESULTS / "ablation.json").read_text())
+    after = list(document["variants"]["patune"]["fraction_of_optimum"])
+    lines = [f"| search | {' | '.join(f'after {n}' for n in after)} |", f"|---|{'--:|' * len(after)}"]
+    for name, found in document["variants"].items():
+        shares = [f"{found['fraction_of_optimum'][n]:.0%}" for n in after]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
+    mine, pruners = document["variants"]["patune"], document["pruners"]
+    whole = pruners["none"]["rounds"]
+    said = [f"{name} {p['rounds'] / whole:.0%} ({p['mean_regret']:.2%})" for name, p in pruners.items() if name != "none"]
+    return "\n".join([
+        *lines, "",
+        f"Median of {document['seeds']} seeds, {document['workloads']} workloads of {document['keys']} keys. The search compiles "
+        f"{mine['compiled']:.0f} kernels, {mine['compiled_if_not_shared']:.0f} if its workloads did not share them.", "",
+        f"Rounds that a pruner leaves, and the regret that it costs: {', '.join(said)}.",
+    ])  # fmt: skip
+
+
 def landscape_line() -> str:
     recorded = landscape.load(RESULTS / "landscape.json.gz")
     keys = recorded.keys()
@@ -155,6 +174,7 @@ FIGURES = {
     "fp8": fp8_table,
     "run": run_table,
     "search": search_table,
+    "ablation": ablation_table,
     "landscape": landscape_line,
     "provenance": lambda: provenance_line("decode", "prefill"),
 }
@@ -172,6 +192,7 @@ def stale_kernels() -> set[str]:
     pairs = [(name, measured(f"referee-{name}")["source_hash"][name]) for name in ("decode", "prefill")]
     pairs += [pair for step in ("run", "run-again", "tests") for pair in measured(step)["source_hash"].items()]
     pairs += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
+    pairs += json.loads((RESULTS / "ablation.json").read_text())["source_hash"].items()
     return {name for name, value in pairs if template(name).source_hash != value}
 
 

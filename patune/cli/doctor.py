@@ -18,7 +18,7 @@ from ..cachedb.file import SCHEMA_VERSION, database_path
 from ..cachedb.match import Entry
 from ..errors import DatabaseError
 from ..workload import Key
-from . import tables
+from . import tables, usage
 from .options import as_json, database
 from .plan import KERNELS
 from .source import shipped_landscapes
@@ -75,11 +75,13 @@ def _gpus(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
     from ..kernels.device import cuda_device
 
-    found = []
-    for device in map(cuda_device, range(torch.cuda.device_count())):
+    found, busy = [], usage.busy_gpus()
+    for index in range(torch.cuda.device_count()):
+        device = cuda_device(index)
         recorded = landscape.shipped(device.name or "")
         configs = sum(entry["gpu"] == device.name for entry in entries)
         found.append({**device._asdict(), "configs": configs, "landscape": recorded.name if recorded else None})
+        found[-1]["busy"] = busy.get(index)  # with what; None if it is idle
     return found
 
 
@@ -136,6 +138,8 @@ def _print(report: dict[str, Any]) -> None:
     for gpu in report["gpus"]:
         known = f"{gpu['configs']} configs, landscape {gpu['landscape'] or 'none'}"
         click.echo(f"GPU: {gpu['name']}, {gpu['sm_count']} SMs, compute capability {gpu['capability']}: {known}")
+        if gpu["busy"]:
+            click.echo(f"GPU: {gpu['name']} is busy, {gpu['busy']}: `patune run` leaves it out, or its times are unsteady")
     if not report["gpus"]:
         click.echo("GPU: none visible to torch, `patune run` replays")
     for name in report["gpus_without_torch"]:

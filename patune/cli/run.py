@@ -3,11 +3,8 @@
 import contextlib
 import json
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,11 +13,12 @@ from ..cachedb.landscape import Landscape
 from ..errors import UsageError
 from . import source
 from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, Kernel, as_json, database
+from .outcome import Tally, by_key
 from .plan import KERNELS, Plan, Request, shape_of, sizes_of
 from .verbose import logged
 
 if TYPE_CHECKING:
-    from ..tuner.events import Event, Finished
+    from ..tuner.events import Event
     from ..tuner.fleet import Fleet
     from ..tuner.session import Work
 
@@ -88,6 +86,10 @@ def command(
         view.on_event(event)
 
     with contextlib.ExitStack() as stack:
+        if storage is not None:
+            from ..tuner.storage import explained
+
+            stack.enter_context(explained())
         store = stack.enter_context(Store.open(path))
         fleet = stack.enter_context(contextlib.closing(_fleet(chosen)))
         runner = fleet.runners[0]
@@ -117,40 +119,6 @@ def command(
         click.echo(f"failed: {failure}", err=True)
     if tally.failed:
         click.get_current_context().exit(1)
-
-
-class Tally:
-    """What came of the configs that were measured, and which workloads failed and why."""
-
-    def __init__(self) -> None:
-        self.statuses: Counter[str] = Counter()
-        self.failed: list[str] = []
-
-    def on_event(self, event: "Event") -> None:
-        from ..tuner.events import Failed, Progress
-
-        if isinstance(event, Progress):
-            self.statuses.update(event.statuses)
-        elif isinstance(event, Failed):
-            self.failed.append(f"{event.key.kernel} {event.workload}: {event.message}")
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {status}" for status, count in self.statuses.most_common())
-
-
-def by_key(plan: Plan, results: "Sequence[Finished]") -> list[dict[str, Any]]:
-    """The "keys" of the document, in the order of the plan."""
-    rows = {(found.key, found.workload): _row(found) for found in results}
-    return [
-        {"key": asdict(key), "workloads": [rows[key, w] for w in workloads if (key, w) in rows]} for key, workloads in plan.items()
-    ]
-
-
-def _row(found: "Finished") -> dict[str, Any]:
-    row = asdict(found)
-    for name in ("key", "note", *(("optimum_us", "regret") if found.optimum_us is None else ())):
-        del row[name]
-    return row
 
 
 def _work(plan: Plan, fleet: "Fleet", storage: str | None, trials: int | None) -> "Work":

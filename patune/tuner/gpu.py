@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -52,7 +53,9 @@ class GpuRunner:
         from ..kernels.registry import template
 
         configs: dict[int, Values] = dict(enumerate([reference, *points], start=REFERENCE))
+        began = time.monotonic()
         outcomes = self._build(key, workload, configs)
+        log.debug("%s %s: waited %.2f s for the compilers", key.kernel, workload, time.monotonic() - began)
         while len(outcomes) < len(configs):
             todo = {i: config for i, config in configs.items() if i not in outcomes}
             outcomes.update(self._attempt(key, workload, todo, rounds))
@@ -102,6 +105,7 @@ class GpuRunner:
                     running = None
                 report = self._worker.receive(self._timeout_s)
         except _Lost as lost:
+            log.debug("%s %s: %s, %s", key.kernel, workload, lost.status, lost.message)
             self._restart()
             return self._blame(key, workload, lost, running, outcomes)
         for i, samples in report[1].items():

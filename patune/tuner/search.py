@@ -1,5 +1,6 @@
 """Which configs to measure next: all of a small space, else what Optuna's TPE proposes, never the same twice."""
 
+import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ ENUMERATED = 16  # configs of a space that is measured whole: nothing is learned
 TRANSFERRED = 8  # proposals that come from the winners of other workloads
 LEADERS = 3  # of a search: every second proposal is a neighbour of one of them
 FAILED_US = 1e12  # told for a config that is not right: TPE only ranks, so any time above all others will do
+
+log = logging.getLogger(__name__)
+
+Sampler = Callable[[int], Any]  # from a seed; Any: importing this loads no optuna
 
 
 def transferred(
@@ -32,7 +37,8 @@ class Search:
     """Ask for a batch, measure it, tell it; an empty batch ends the search.
 
     `points` are the valid configs. `seeds` come first, in order; they may lie off the grid, as a default that is computed
-    may. `prior` trials count as measured. `trials` is the number of configs in all, None for every one.
+    may. `prior` trials count as measured. `trials` is the number of configs in all, None for every one. `sampler` makes
+    another one of Optuna's samplers than TPE from a seed.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Search:
         seed: int,
         seeds: Iterable[Values] = (),
         prior: Iterable[Trial] = (),
+        sampler: Sampler | None = None,
     ):
         self.tunables = tunables
         grid = [point_of(config, tunables) for config in points]
@@ -58,22 +65,23 @@ class Search:
         self._first = list(dict.fromkeys(p for p in (point_of(c, tunables) for c in seeds) if p not in self.seen))
         total = len(self.unseen) + len(self.seen) + sum(p not in self.unseen for p in self._first)
         self.total = total if trials is None else min(trials, total)
-        self._tpe = None if self.total == total else _Tpe(tunables, set(grid), prior, seed)
+        self._tpe = None if self.total == total else _Tpe(tunables, set(grid), prior, seed, sampler)
 
     def ask(self, limit: int = ENUMERATED) -> list[dict[str, int]]:
         """The next batch of configs that nobody has measured, at most `limit`."""
         batch: list[Point] = []
         for _ in range(min(limit, BATCH if self._tpe else ENUMERATED, self.left)):
             if self._first:
-                point = self._first.pop(0)
+                origin, point = "known before", self._first.pop(0)
                 if self._tpe:
                     self._tpe.running(point)
             elif self._tpe and self._best and len(batch) % 2:
-                point = self._tpe.near(self._best[len(batch) // 2 % len(self._best)][1], self.unseen)
+                origin, point = "near a leader", self._tpe.near(self._best[len(batch) // 2 % len(self._best)][1], self.unseen)
             elif self._tpe:
-                point = self._tpe.propose(self.unseen)
+                origin, point = "Optuna's", self._tpe.propose(self.unseen)
             else:
-                point = next(iter(self.unseen))
+                origin, point = "one of all", next(iter(self.unseen))
+            log.debug("%s: %s", origin, " ".join(f"{name}={value}" for name, value in zip(self.tunables, point)))
             self._take(point)
             batch.append(point)
         return [dict(zip(self.tunables, point, strict=True)) for point in batch]
@@ -101,13 +109,15 @@ class Search:
 class _Tpe:
     """Optuna's sampler over the index of each value, kept away from points that are invalid or measured."""
 
-    def __init__(self, tunables: Tunables, grid: set[Point], prior: Sequence[Trial], seed: int):
+    def __init__(
+        self, tunables: Tunables, grid: set[Point], prior: Sequence[Trial], seed: int, sampler: Callable[[int], Any] | None
+    ):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.optuna, self.tunables, self.grid = optuna, tunables, grid
         self.rng = random.Random(seed)
-        self.study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+        self.study = optuna.create_study(sampler=sampler(seed) if sampler else optuna.samplers.TPESampler(seed=seed))
         self.space: dict[str, Any] = {name: optuna.distributions.IntDistribution(0, len(v) - 1) for name, v in tunables.items()}
         self.numbers: dict[Point, int] = {}  # of the trials that are running
         told = ((point_of(trial.config, tunables), _value(trial)) for trial in prior)

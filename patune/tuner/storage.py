@@ -1,7 +1,9 @@
 """Optuna's storages by the text of `--storage`."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -35,6 +37,16 @@ def connect(url: str) -> BaseStorage:
     if scheme.startswith("sqlite"):
         raise UsageError("--storage: SQLite hands the same work to two workers, use the path of a journal file in its place")
     return _database(url)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """A storage that is lost in the middle of a run is one line."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        lost = _first_line(error.__cause__ or error)
+        raise PatuneError(f"--storage: lost, what was measured is in --db: {lost}") from error
 
 
 def _database(url: str) -> BaseStorage:
@@ -90,5 +102,5 @@ def _mend(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -258,5 +258,6 @@ def test_verbose_logs_every_decision_on_stderr(patune, recorded, db):
     assert f"task: append B8 L4096: {best} takes the place of" in result.stderr
     assert f"task: append B8 L4096: the last race is over, {best} takes the place of" in result.stderr
     assert "accept: mean log ratio" in result.stderr
+    assert f"search: one of all: {best}" in result.stderr
     quiet = patune("run", "--gpu", "h100", "--replay", recorded, "--db", db, "--json")
     assert "task:" not in quiet.stderr

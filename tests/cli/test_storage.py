@@ -142,6 +142,17 @@ def test_a_journal_file_loses_and_doubles_nothing_when_a_worker_is_killed(tmp_pa
 
 
 @needs_postgres
+def test_a_database_that_goes_away_is_one_line_and_what_was_measured_is_kept(tmp_path, landscape):
+    with postgres() as url:
+        worker = start(url, tmp_path / "a.db", landscape, race_s=1.0)
+        wait_for(lambda: told(url) == 16)
+    _, stderr = worker.communicate(timeout=60)
+    assert worker.returncode == 1
+    assert stderr.splitlines()[-1].startswith("patune: error: --storage: lost, what was measured is in --db: ")
+    assert sum(measured(tmp_path / "a.db").values()) >= 16
+
+
+@needs_postgres
 def test_workers_behind_a_grpc_proxy_share_a_search(database, tmp_path, landscape):
     """They need no password of the database, and none of its drivers."""
     pytest.importorskip("grpc")

@@ -1,0 +1,41 @@
+"""Two tunings of one GPU agree, though their times scatter as they did when they were recorded."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from patune.cachedb import landscape
+from patune.workload import Key, Workload
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+from agreement import SHARE, disagreements, searched
+
+H100 = landscape.load(landscape.shipped("h100"))
+
+
+@pytest.fixture(scope="module")
+def tunings():
+    return [searched(H100, H100.keys(), seed) for seed in (1, 2)]
+
+
+def test_two_tunings_agree_within_1_percent_on_95_percent_of_the_workloads(tunings):
+    first, second = tunings
+    assert len(first) == sum(len(H100.workloads(key)) for key in H100.keys())
+    assert len(disagreements(first, second)) <= (1 - SHARE) * len(first)
+
+
+def test_no_workload_is_slower_than_its_default_by_more_than_the_noise(tunings):
+    """By the recorded times of what was chosen."""
+    for found in tunings:
+        for (key, workload), (_, us) in found.items():
+            default = tuple(H100.default(key, workload)[name] for name in H100.tunables(key))
+            assert us <= 1.01 * H100.trials(key, workload)[default].us
+
+
+def test_a_disagreement_is_another_config_of_another_time():
+    at, one, other = (Key("decode", "a", 1, 64, 16, 4), Workload(1, 64)), {"N": 1}, {"N": 2}
+    assert disagreements({at: (one, 10.0)}, {at: (one, 20.0)}) == []
+    assert disagreements({at: (one, 10.0)}, {at: (other, 10.09)}) == []
+    assert disagreements({at: (one, 10.0)}, {at: (other, 10.2)}) == ["decode B1 L64: {'N': 1} 10.00 us, {'N': 2} 10.20 us"]
+    assert disagreements({at: (one, 10.0)}, {}) == ["decode B1 L64: only in one"]
