@@ -30,7 +30,11 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     return {
         "tests": ([*tests, "-rs", "--durations=5", "-p", "no:cacheprovider"], "tests.txt", 180),
         "referee-decode": ([*race, "decode", "--out", str(out / "referee-decode.json")], "referee-decode.txt", 260),
-        "referee-prefill": ([*race, "prefill", "--out", str(out / "referee-prefill.json")], "referee-prefill.txt", 330),
+        "referee-prefill": (
+            [*race, "prefill", "--only", args.prefill_peers, "--out", str(out / "referee-prefill.json")],
+            "referee-prefill.txt",
+            330,
+        ),
         "run": (run, "run.json", 120),
         "run-again": (run, "run-again.json", 60),
     }
@@ -43,6 +47,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100")
     parser.add_argument("--referee", type=Path, help="the referee's script")
     parser.add_argument("--peers", type=Path)
+    parser.add_argument("--prefill-peers", default="fa3,flashinfer", help="the others are 3 to 10 times slower and take minutes")
     parser.add_argument("--workers", type=int, default=14, help="of the tests")
     parser.add_argument("--skip", default="", help="comma-separated beginnings of step names")
     args = parser.parse_args()
