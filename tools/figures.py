@@ -115,13 +115,17 @@ def measured(step: str) -> dict:
     return [run for run in json.loads((RESULTS / "provenance.json").read_text())["runs"] if step in run["steps"]][-1]
 
 
-def provenance_line(*kernels: str) -> str:
+RACED = {"decode": ("decode",), "prefill": ("prefill", "prefill_hopper")}  # race -> the templates that may run in it
+
+
+def provenance_lines() -> str:
     lines = []
-    for name in kernels:
-        run = measured(f"referee-{name}")
+    for race, templates in RACED.items():
+        run = measured(f"referee-{race}")
+        hashes = ", ".join(f"{name} {run['source_hash'][name]}" for name in templates)
         lines.append(
-            f"{name.capitalize()}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
-            f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hash {run['source_hash'][name]}."
+            f"{race.capitalize()}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
+            f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hashes {hashes}."
         )
     return "\n".join(lines)
 
@@ -176,7 +180,7 @@ FIGURES = {
     "search": search_table,
     "ablation": ablation_table,
     "landscape": landscape_line,
-    "provenance": lambda: provenance_line("decode", "prefill"),
+    "provenance": provenance_lines,
 }
 
 
@@ -189,7 +193,7 @@ def rendered(text: str) -> str:
 
 def stale_kernels() -> set[str]:
     """Kernels whose source is not the one that results/ was measured with."""
-    pairs = [(name, measured(f"referee-{name}")["source_hash"][name]) for name in ("decode", "prefill")]
+    pairs = [(name, measured(f"referee-{race}")["source_hash"][name]) for race, names in RACED.items() for name in names]
     pairs += [pair for step in ("run", "run-again", "tests") for pair in measured(step)["source_hash"].items()]
     pairs += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
     pairs += json.loads((RESULTS / "ablation.json").read_text())["source_hash"].items()
