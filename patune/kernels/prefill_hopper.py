@@ -23,18 +23,20 @@ from .sizes import ceil_div
 from .template import Launch, Template, Values
 
 ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producer spills, and 504 is all that three groups have
-BLOCK_B = 64  # sequences looked at together when an item is found; more make the producer spill
-PROGRAM_AN_ITEM, STATIC, DYNAMIC = 1, 2, 3
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producers spill, and 504 is all that three groups have
+BLOCK_B = 64  # sequences looked at together when an item is found; more make the finding warp spill
+STATIC, DYNAMIC = 1, 2
+FREE, IN_TURN = 1, 2
 TUNABLES = {
     "BLOCK_N": (64, 128),  # KV tokens a tile
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
-    "schedule": (PROGRAM_AN_ITEM, STATIC, DYNAMIC),  # the last two with a program an SM: items dealt out, or taken in turn
+    "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
+    "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
 }
 JIT_FUNCTIONS = (
-    jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.page_ids,
-    jit.copy_tile, jit.produce, jit.softmax_step, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout,
-    jit.prefill_attention_hopper,
+    jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
+    jit.page_ids, jit.load_tiles, jit.softmax_step, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.store_rows,
+    jit.row_layout, jit.prefill_attention_hopper,
 )  # fmt: skip
 
 
@@ -95,13 +97,12 @@ def launches(
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     items = min(tokens // BLOCK_M + batch_size, ceil_div(max_q_len, BLOCK_M) * batch_size) * q_heads
-    programs = items if config["schedule"] == PROGRAM_AN_ITEM else min(items, device_of(q).sm_count)
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     k, v = matrix(cache.k, cache.k_strides, cache), matrix(cache.v, cache.v_strides, cache)
     assert k is not None and v is not None  # or `serves` would have said no
     box = [min(cache.page_size, block_n), head_dim]
     columns = (q_heads - 1) * q.stride(1) + head_dim
-    return [Launch(jit.prefill_attention_hopper, (programs,), dict(
+    return [Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
         q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], swizzled),
         k_desc=TensorDescriptor(cache.k, [k.rows, k.columns], [cache.k_strides[2], 1], box, swizzled),
         v_desc=TensorDescriptor(cache.v, [v.rows, v.columns], [cache.v_strides[2], 1], box, swizzled),
@@ -112,19 +113,21 @@ def launches(
         k_page_rows=k.page_rows, k_head_rows=k.head_rows, k_head_columns=k.head_columns,
         v_page_rows=v.page_rows, v_head_rows=v.head_rows, v_head_columns=v.head_columns,
         PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
-        BLOCK_B=BLOCK_B, PING_PONG=True, WAIT_BETWEEN=True,
+        BLOCK_B=BLOCK_B, IN_TURN=config["issue"] == IN_TURN,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
     ))]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
-    """Why a point need not run: it cannot fit."""
+    """Why a point need not run: it cannot fit, or its rings are short where longer ones fit."""
     block_n, stages = config["BLOCK_N"], config["num_stages"]
     if key.head_dim > 128 and block_n > 64:
         return "the accumulators of scores and output exceed the registers"
     tiles = (BLOCK_M + 2 * stages * block_n) * key.head_dim * 2
-    if tiles + 8192 > 227 * 1024:  # and the barriers, and what the output is exchanged through
+    if tiles + 1024 > 227 * 1024:  # and the barriers
         return "tiles in flight exceed shared memory"
+    if key.head_dim <= 128 and stages * block_n < 256:
+        return "a ring holds less than 256 tokens"
     return None
 
 

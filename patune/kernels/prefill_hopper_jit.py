@@ -1,17 +1,17 @@
 """Device code of the template "prefill_hopper": warp-specialised causal attention over a paged cache, for sm_90.
 
-A program is three warpgroups' worth of registers: a producer warp and two consumer groups of 64 query rows each. The producer
-finds work, and fills rings of K and V tiles by TMA, one box a page, straight from the pool. A consumer computes S = Q K^T,
-the online softmax, and O += P V with wgmma; P never leaves its registers. While one group is in its softmax the other one
-has the tensor cores (ping-pong, by two named barriers), and within a group the softmax of a tile overlaps the P V of the
-tile before.
+A program is three warpgroups' worth of registers: two consumer groups of 64 query rows each, and three warps that feed them.
+One warp finds work, one fills a ring of K tiles (and Q), one a ring of V tiles, by TMA, one box a page, straight from the pool.
+K and V have a warp each because their slots come free at different times. A consumer computes S = Q K^T, the online softmax, and
+O += P V with wgmma; P never leaves its registers. While one group is in its softmax the other one has the tensor cores (by chance,
+or IN_TURN by two named barriers), and within a group the softmax of a tile overlaps the P V of the tile before.
 
 A program takes many items (128 query tokens of one head), the longest ones of the whole batch first. Keys are walked from
 the diagonal down to 0: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask.
 
 Barriers. Every ring has `full` (TMA's bytes have landed) and `empty` (both groups have read it), each counted with one running
-number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Items go from the producer to the groups through
-a ring of two records.
+number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Q is free when the item's last K is. Items go to
+the groups and to the loading warps through a ring of two records, so the next one is known before this one is done.
 """
 
 from triton.experimental import gluon
@@ -28,7 +28,7 @@ LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is 
 ROWS = gl.constexpr(64)  # query tokens of a consumer group: the M of one wgmma
 GROUPS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)  # ROWS * GROUPS
-FIELDS = gl.constexpr(8)  # int32 slots of an item's record, six of them used
+FIELDS = gl.constexpr(8)  # int32 slots of an item's record
 TURN = gl.constexpr(8)  # named barriers TURN + group: the group's turn to issue; the compiler uses those below 8
 TAIL = gl.constexpr(10)  # both groups have cleared their part of V
 
@@ -45,7 +45,7 @@ def signal(barrier):
     gl.inline_asm_elementwise("bar.arrive $1, 256; mov.b32 $0, $1;", "=r,r", [barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
-# ---- the producer: which item is next, and its tiles
+# ---- which item is next
 
 
 @gluon.jit
@@ -122,49 +122,23 @@ def put(records, slot, FIELD: gl.constexpr, value):
 
 @gluon.jit
 def get(records, slot, FIELD: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     return gl.max(records.index(slot * FIELDS + FIELD).load(layout), 0)
 
 
 @gluon.jit
-def page_ids(page_ids_ptr, start, last_page, any_page, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr):
-    """Of the tile's boxes, all loads before the first use; past the end the last page again, whose rows nobody sees."""
-    ids = ()
-    for i in gl.static_range(BLOCK_N // BOX):
-        page = gl.minimum((start + i * BOX) // PAGE_SIZE, last_page)
-        ids = ids + (gl.load(page_ids_ptr + page, mask=any_page, other=0),)  # type: ignore[assignment]  # noqa: RUF005
-    return ids
-
-
-@gluon.jit
-def copy_tile(desc, ids, row, column, page_rows, full, tile):
-    """One box a page (or the part of a page that is the tile) into the tile's rows; `full` counts the bytes of all."""
-    BOX: gl.constexpr = desc.block_type.shape[0]
-    BOXES: gl.constexpr = tile.shape[0] // BOX
-    mbarrier.expect(full, BOXES * desc.block_type.nbytes)
-    for i in gl.static_range(BOXES):
-        tma.async_copy_global_to_shared(desc, [ids[i] * page_rows + row, column], full, tile.slice(i * BOX, BOX, 0))
-
-
-@gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, rings, work,
-    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
+def find_items(
+    items, batch, q_heads,
+    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: takes items, tells the groups about them, and keeps the rings full."""
-    q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty = rings
-    qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size, q_heads, stride_qh = work[:8]
-    k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns = work[8:]
-    STAGES: gl.constexpr = ks.shape[0]
-    BLOCK_N: gl.constexpr = ks.shape[1]
-    BOX: gl.constexpr = k_desc.block_type.shape[0]
+    """The finding warp: a record of every item of this program, then one without tiles."""
+    records, item_full, item_empty = items
+    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size = batch
     blocks, levels = blocks_above(-1, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
-    items = blocks * q_heads
     programs = gl.num_programs(0)
     item = gl.program_id(0)
     taken = 0  # items so far
-    g = 0  # tiles so far
-    while item < items:
+    while item < blocks * q_heads:
         x = item // q_heads
         head = item - x * q_heads  # heads of a group run side by side and share their KV in L2
         b = 0
@@ -192,34 +166,9 @@ def produce(
         put(records, slot, 3, q_start + start)
         put(records, slot, 4, q_len - start)
         put(records, slot, 5, head)
+        put(records, slot, 6, first_page)
+        put(records, slot, 7, pages)
         mbarrier.arrive(item_full.index(slot), count=1)
-
-        kv_head = head // GROUP
-        page_ids_ptr = kv_indices_ptr + first_page
-        last_page = gl.maximum(pages - 1, 0)
-        key = (tiles - 1) * BLOCK_N
-        ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)
-        for i in range(tiles):
-            page_row = key % PAGE_SIZE  # 0 but where a page is larger than the tile
-            stage = g % STAGES
-            phase = ((g // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            row = k_head_rows * kv_head + page_row
-            copy_tile(k_desc, ids, row, k_head_columns * kv_head, k_page_rows, k_full.index(stage), ks.index(stage))
-            if i == 0:
-                for c in gl.static_range(GROUPS):
-                    mbarrier.wait(q_empty.index(c), (taken & 1) ^ 1)
-                    mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q_desc, [q_start + start + c * ROWS, head * stride_qh], q_full.index(c), q.index(c)
-                    )
-            mbarrier.wait(v_empty.index(stage), phase)
-            row = v_head_rows * kv_head + page_row
-            copy_tile(v_desc, ids, row, v_head_columns * kv_head, v_page_rows, v_full.index(stage), vs.index(stage))
-            key = gl.maximum(key - BLOCK_N, 0)
-            ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)  # while TMA runs
-            g += 1
-
         taken += 1
         if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
             item = taken * programs + gl.where(taken % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
@@ -227,12 +176,74 @@ def produce(
             item = programs + gl.atomic_add(counters_ptr, 1)
     slot = taken % 2
     mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
-    put(records, slot, 0, 0)  # no tiles: the end
+    put(records, slot, 0, 0)
     mbarrier.arrive(item_full.index(slot), count=1)
     if DYNAMIC:
         if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # the last one leaves them as they were found
             gl.store(counters_ptr, 0)
             gl.store(counters_ptr + 1, 0)
+
+
+# ---- its tiles
+
+
+@gluon.jit
+def page_ids(page_ids_ptr, start, last_page, any_page, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr):
+    """Of the tile's boxes, all loads before the first use; past the end the last page again, whose rows nobody sees."""
+    ids = ()
+    for i in gl.static_range(BLOCK_N // BOX):
+        page = gl.minimum((start + i * BOX) // PAGE_SIZE, last_page)
+        ids = ids + (gl.load(page_ids_ptr + page, mask=any_page, other=0),)  # type: ignore[assignment]  # noqa: RUF005
+    return ids
+
+
+@gluon.jit
+def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, IS_K: gl.constexpr):
+    """A loading warp: the items' tiles of K, and Q, or of V. A tile is one box a page (or the part of a page that is the tile)."""
+    tiles_of, full, empty = ring
+    page_rows, head_rows, head_columns = strides
+    records, item_full, item_empty = items
+    q_desc, q, q_full, stride_qh = query
+    STAGES: gl.constexpr = tiles_of.shape[0]
+    BLOCK_N: gl.constexpr = tiles_of.shape[1]
+    BOX: gl.constexpr = desc.block_type.shape[0]
+    taken = 0
+    g = 0  # tiles so far
+    mbarrier.wait(item_full.index(0), 0)
+    tiles = get(records, 0, 0)
+    while tiles > 0:
+        slot = taken % 2
+        token = get(records, slot, 3)
+        head = get(records, slot, 5)
+        page_ids_ptr = kv_indices_ptr + get(records, slot, 6)
+        pages = get(records, slot, 7)
+        mbarrier.arrive(item_empty.index(slot), count=1)
+        row = head_rows * (head // GROUP)
+        column = head_columns * (head // GROUP)
+        last_page = gl.maximum(pages - 1, 0)
+        key = (tiles - 1) * BLOCK_N
+        ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)
+        for i in range(tiles):
+            stage = g % STAGES
+            mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), BLOCK_N // BOX * desc.block_type.nbytes)
+            page_row = row + key % PAGE_SIZE  # the first one but where a page is larger than the tile
+            for j in gl.static_range(BLOCK_N // BOX):
+                box = tiles_of.index(stage).slice(j * BOX, BOX, 0)
+                tma.async_copy_global_to_shared(desc, [ids[j] * page_rows + page_row, column], full.index(stage), box)
+            if IS_K:
+                if i == 0:
+                    last = gl.maximum(g - 1, 0)  # tile of the item before, whose Q is there until its scores are done
+                    mbarrier.wait(empty.index(last % STAGES), (last // STAGES) & 1, pred=g > 0)
+                    for c in gl.static_range(GROUPS):
+                        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+                        tma.async_copy_global_to_shared(q_desc, [token + c * ROWS, head * stride_qh], q_full.index(c), q.index(c))
+            key = gl.maximum(key - BLOCK_N, 0)
+            ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)  # while TMA runs
+            g += 1
+        taken += 1
+        mbarrier.wait(item_full.index(taken % 2), (taken // 2) & 1)
+        tiles = get(records, taken % 2, 0)
 
 
 # ---- the consumers
@@ -257,38 +268,44 @@ def softmax_step(s, last_key, start, exponent, m, l, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def as_operand(w, v, acc):
+    """The weights as P of P V."""
+    return gl.convert_layout(w.to(v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2), assert_trivial=True)
+
+
+@gluon.jit
 def step(
-    q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
-    GROUP_ID: gl.constexpr, MASKED: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr,
+    q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, w, m, l, acc, last_key, exponent,
+    GROUP_ID: gl.constexpr, MASKED: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of tile t, the g-th, beside P V of the tile before. Both tiles' waits are done already."""
+    """Scores and softmax of tile t, the g-th, beside P V of the tile before. IN_TURN, K is waited for one tile ahead."""
     STAGES: gl.constexpr = ks.shape[0]
     BLOCK_N: gl.constexpr = ks.shape[1]
     stage = g % STAGES
     before = (g - 1) % STAGES
     S_LAYOUT: gl.constexpr = m.type.layout.parent
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    if not WAIT_BETWEEN:
-        mbarrier.wait(k_full.index(stage), (g // STAGES) & 1)
-    if PING_PONG:
+    p = as_operand(w, vs, acc)
+    if IN_TURN:
         sync(TURN + GROUP_ID)
+    else:
+        mbarrier.wait(k_full.index(stage), (g // STAGES) & 1)
     s = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, vs.index(before), acc, is_async=True)
-    if PING_PONG:
+    if IN_TURN:
         signal(TURN + 1 - GROUP_ID)
     s = warpgroup_mma_wait(num_outstanding=1, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
-    w, m, l, alpha = softmax_step(s, last_key, t * BLOCK_N, exponent, m, l, MASKED)
+    new, m, l, alpha = softmax_step(s, last_key, t * BLOCK_N, exponent, m, l, MASKED)
     # These waits stand here, not before their use, for ptxas: it would move the wait for P V above the softmax, but not
     # across the branches of these.
-    if WAIT_BETWEEN:
+    if IN_TURN:
         mbarrier.wait(k_full.index((g + 1) % STAGES), ((g + 1) // STAGES) & 1, pred=t > 0)
     mbarrier.wait(v_full.index(stage), (g // STAGES) & 1)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(w.to(p.dtype), p.type.layout, assert_trivial=True)
-    return p, m, l, acc
+    return new.to(w.dtype), m, l, acc
 
 
 @gluon.jit
@@ -309,23 +326,25 @@ def clear_tail(v, rows, GROUP_ID: gl.constexpr):
 
 @gluon.jit
 def consume(
-    rings, results,
-    CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr,
+    q, q_full, k_ring, v_ring, items, results,
+    CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """A consumer group: 64 query rows of every item."""
-    q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty = rings
+    ks, k_full, k_empty = k_ring
+    vs, v_full, v_empty = v_ring
+    records, item_full, item_empty = items
     out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh = results
     STAGES: gl.constexpr = ks.shape[0]
     BLOCK_N: gl.constexpr = ks.shape[1]
     D: gl.constexpr = ks.shape[2]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    # Weights go from a tile to the next one in fp32 where registers allow it: 16-bit ones are unpacked and packed again.
+    CARRIED: gl.constexpr = gl.float32 if D <= 128 else ks.dtype
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     q = q.index(GROUP_ID)
     q_full = q_full.index(GROUP_ID)
-    q_empty = q_empty.index(GROUP_ID)
-    if PING_PONG:
+    if IN_TURN:
         if GROUP_ID == 1:
             signal(TURN)  # the first turn is group 0's
     taken = 0
@@ -346,6 +365,10 @@ def consume(
         # The tile at the end: nothing to overlap with yet.
         stage = g % STAGES
         phase = (g // STAGES) & 1
+        start = (tiles - 1) * BLOCK_N
+        if start + BLOCK_N > kv_len:  # here, where the registers are free
+            mbarrier.wait(v_full.index(stage), phase)
+            clear_tail(vs.index(stage), kv_len - start, GROUP_ID)
         m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S_LAYOUT))
         acc = gl.zeros([ROWS, D], gl.float32, O_LAYOUT)
@@ -355,32 +378,28 @@ def consume(
         s = warpgroup_mma(q, ks.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(num_outstanding=0, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        start = (tiles - 1) * BLOCK_N
         w, m, l, _ = softmax_step(s, last_key, start, exponent, m, l, True)
-        p = gl.convert_layout(w.to(ks.dtype), P_LAYOUT, assert_trivial=True)
+        w = w.to(CARRIED)
         mbarrier.wait(v_full.index(stage), phase)
-        if start + BLOCK_N > kv_len:
-            clear_tail(vs.index(stage), kv_len - start, GROUP_ID)
-        if WAIT_BETWEEN:
+        if IN_TURN:
             mbarrier.wait(k_full.index((g + 1) % STAGES), ((g + 1) // STAGES) & 1, pred=tiles > 1)
 
         g += 1
         for t in range(tiles - 2, full - 1, -1):
-            p, m, l, acc = step(
-                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
-                GROUP_ID, True, PING_PONG, WAIT_BETWEEN,
+            w, m, l, acc = step(
+                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, w, m, l, acc, last_key, exponent,
+                GROUP_ID, True, IN_TURN,
             )  # fmt: skip
             g += 1
         for t in range(full - 1, -1, -1):
-            p, m, l, acc = step(
-                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, p, m, l, acc, last_key, exponent,
-                GROUP_ID, False, PING_PONG, WAIT_BETWEEN,
+            w, m, l, acc = step(
+                q, ks, vs, k_full, k_empty, v_full, v_empty, g, t, w, m, l, acc, last_key, exponent,
+                GROUP_ID, False, IN_TURN,
             )  # fmt: skip
             g += 1
 
-        mbarrier.arrive(q_empty, count=1)
         stage = (g - 1) % STAGES
-        acc = warpgroup_mma(p, vs.index(stage), acc, is_async=True)
+        acc = warpgroup_mma(as_operand(w, vs, acc), vs.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=[acc])
         mbarrier.arrive(v_empty.index(stage), count=1)
 
@@ -415,11 +434,11 @@ def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: g
 
 @gluon.constexpr_function
 def row_layout(D):
-    """[64, D] with 8 neighbouring columns a thread, its rows where the wgmma accumulator has them."""
-    wide = [[0, 1 << i] for i in range(5, D.bit_length() - 1)]
+    """[64, D] with 4 neighbouring columns a thread, its rows where the wgmma accumulator has them."""
+    wide = [[0, 1 << i] for i in range(4, D.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *wide],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        reg_bases=[[0, 1], [0, 2], [8, 0], *wide],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
         shape=[64, D],
@@ -438,8 +457,7 @@ def prefill_attention_hopper(
     sm_scale, v_scale, batch_size, q_heads, stride_qh, stride_ot, stride_oh,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_B: gl.constexpr, PING_PONG: gl.constexpr, WAIT_BETWEEN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    BLOCK_B: gl.constexpr, IN_TURN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Any grid (programs,): each takes its part of the items."""
     D: gl.constexpr = k_desc.block_type.shape[1]
@@ -447,7 +465,6 @@ def prefill_attention_hopper(
     ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -457,7 +474,6 @@ def prefill_attention_hopper(
     records = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=GROUPS)
@@ -465,8 +481,10 @@ def prefill_attention_hopper(
         mbarrier.init(v_empty.index(i), count=GROUPS)
     for i in gl.static_range(2):
         mbarrier.init(item_full.index(i), count=1)
-        mbarrier.init(item_empty.index(i), count=GROUPS)
-    rings = (q, ks, vs, q_full, q_empty, k_full, k_empty, v_full, v_empty, records, item_full, item_empty)
+        mbarrier.init(item_empty.index(i), count=GROUPS + 2)  # and the loading warps
+    k_ring = (ks, k_full, k_empty)
+    v_ring = (vs, v_full, v_empty)
+    items = (records, item_full, item_empty)
     exponent = sm_scale * LOG2E
     HAS_LSE: gl.constexpr = lse_ptr is not None
     if not HAS_LSE:
@@ -475,18 +493,22 @@ def prefill_attention_hopper(
     if not DYNAMIC:
         counters_ptr = qo_indptr_ptr
     results = (out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh)
-    work = (
-        qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size, q_heads, stride_qh,
-        k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
-    )  # fmt: skip
+    batch = (qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size)
+    query = (q_desc, q, q_full, stride_qh)
+    k_strides = (k_page_rows, k_head_rows, k_head_columns)
+    v_strides = (v_page_rows, v_head_rows, v_head_columns)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
+    IS_K: gl.constexpr = True
+    IS_V: gl.constexpr = False
     gl.warp_specialize(
         [
-            (consume, (rings, results, CAUSAL, HAS_LSE, FIRST, PING_PONG, WAIT_BETWEEN)),
-            (consume, (rings, results, CAUSAL, HAS_LSE, SECOND, PING_PONG, WAIT_BETWEEN)),
-            (produce, (q_desc, k_desc, v_desc, rings, work, PAGE_SIZE, GROUP, CAUSAL, DYNAMIC, BLOCK_B)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, CAUSAL, HAS_LSE, FIRST, IN_TURN)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, CAUSAL, HAS_LSE, SECOND, IN_TURN)),
+            (load_tiles, (k_desc, k_ring, k_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_K)),
+            (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_V)),
+            (find_items, (items, batch, q_heads, PAGE_SIZE, BLOCK_N, CAUSAL, DYNAMIC, BLOCK_B)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )

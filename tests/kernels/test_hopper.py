@@ -18,15 +18,15 @@ from patune.kernels import config, prefill_hopper, prefill_hopper_jit
 from patune.kernels.cache import paged_cache
 from patune.tuner.compile import SHARED_BYTES
 
-# head_dim, page_size, BLOCK_N, num_stages, schedule
-BUILDS = [(64, 16, 128, 3, 2), (128, 16, 128, 2, 2), (128, 256, 64, 4, 3), (256, 32, 64, 2, 2)]
+# head_dim, page_size, BLOCK_N, num_stages, schedule, issue
+BUILDS = [(64, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
 
 
-def build(head_dim: int, page_size: int, block_n: int, stages: int, schedule: int) -> dict:
+def build(head_dim: int, page_size: int, block_n: int, stages: int, schedule: int, issue: int) -> dict:
     """What hopper_builds.py finds, in a process that has no TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).parents[1] / "hopper_builds.py"
-    values = json.dumps(dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule))
+    values = json.dumps(dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule, issue=issue))
     command = [sys.executable, program, str(head_dim), str(page_size), values]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -37,7 +37,7 @@ def test_the_kernel_compiles_to_what_it_was_written_as():
     """No spill, registers moved from the producer to the consumers, no wgmma serialised, every tile in whole boxes."""
     with ThreadPoolExecutor(2) as threads:
         built = list(threads.map(lambda values: build(*values), BUILDS))
-    for (head_dim, page_size, block_n, _, _), found in zip(BUILDS, built, strict=True):
+    for (head_dim, page_size, block_n, *_), found in zip(BUILDS, built, strict=True):
         assert found["spill_bytes"] == [0, 0]
         assert found["serialized"] == []
         assert {prefill_hopper.PRODUCER_REGISTERS, prefill_hopper.CONSUMER_REGISTERS} <= set(found["registers"])
