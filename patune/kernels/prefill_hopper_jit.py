@@ -256,8 +256,8 @@ def softmax_step(s, last_key, start, exponent, m, l, MASKED: gl.constexpr):
     With MASKED, keys after a row's last one are hidden, and a row may have seen none so far: its m is -inf.
     """
     if MASKED:
-        keys = start + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        s = gl.where(keys[None, :] <= last_key[:, None], s, float("-inf"))
+        keys = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        s = gl.where(keys[None, :] <= (last_key - start)[:, None], s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * exponent)
     shift = m_new
     if MASKED:
