@@ -44,7 +44,10 @@ def test_every_option_of_every_command_has_help_or_speaks_for_itself(name, patun
         (["run"], "Missing option '--gpu'. Choose from: auto, a100, l40s, h100,"),
         (["run", "--gpu", "h1000"], "'h1000' is not one of 'auto', 'a100', 'l40s', 'h100',"),
         (["show", "--gpu", "h1000"], "'h1000' is not one of 'a100', 'l40s', 'h100',"),
-        (["run", "--gpu", "h100", "--kernel", "decoder"], "kernel 'decoder' is unknown: use one of decode, prefill, append,"),
+        (
+            ["run", "--gpu", "h100", "--kernel", "decoder"],
+            "kernel 'decoder' is unknown: use one of decode, prefill, prefill_hopper, append,",
+        ),
         (["show", "--speed"], "No such option"),
     ],
 )

@@ -84,7 +84,10 @@ def test_a_module_and_an_entry_point_name_the_same_template(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rmsnrom", "kernel 'rmsnrom' is unknown: use one of decode, prefill, append, 'package.module:TEMPLATE' or"),
+        (
+            "rmsnrom",
+            "kernel 'rmsnrom' is unknown: use one of decode, prefill, prefill_hopper, append, 'package.module:TEMPLATE' or",
+        ),
         ("examples/none.py:TEMPLATE", "kernel 'examples/none.py:TEMPLATE' cannot be loaded: .*No such file"),
         ("no.such.module:TEMPLATE", "cannot be loaded: No module named 'no'"),
         ("examples/rmsnorm.py:TEMPLAT", "cannot be loaded: .*no attribute 'TEMPLAT'"),
