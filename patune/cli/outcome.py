@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..workload import Key
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ class Tally:
 
 
 def by_key(plan: Plan, results: "Sequence[Finished]") -> list[dict[str, Any]]:
-    """The "keys" of the document, in the order of the plan."""
-    rows = {(found.key, found.workload): _row(found) for found in results}
-    return [
-        {"key": asdict(key), "workloads": [rows[key, w] for w in workloads if (key, w) in rows]} for key, workloads in plan.items()
-    ]
+    """The "keys" of the document, in the order of the plan; after it what a shared search had for this worker besides."""
+    found = {(result.key, result.workload): _row(result) for result in results}
+    order = dict.fromkeys([*((key, w) for key, workloads in plan.items() for w in workloads), *found])
+    keys: dict[Key, list[dict[str, Any]]] = {key: [] for key, _ in order}
+    for key, workload in order:
+        if (key, workload) in found:
+            keys[key].append(found[key, workload])
+    return [{"key": asdict(key), "workloads": rows} for key, rows in keys.items()]
 
 
 def _row(found: "Finished") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where the times of `patune run --gpu NAME` come from: the GPUs that are here, or the landscape recorded on one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,14 @@ def choose(name: str, devices: tuple[int, ...] | None, replay: str | None) -> So
     """
     if replay is not None and devices is not None:
         raise UsageError("--devices: a replay runs on no device, leave out one of --devices and --replay")
+    busy = usage.busy_gpus() if replay is None else {}  # before anything here is on a GPU
     here = visible_gpus() if replay is None or name == AUTO else []
     if devices is not None and max(devices) >= len(here):
         raise UsageError(f"--devices: there is no device {max(devices)}, torch sees {len(here)}")
     if name == AUTO and not here:
         raise UsageError(f"--gpu: auto needs a GPU and none is visible, name the one to tune for: {', '.join(gpus.GPUS)}")
     if replay is None and here:
-        return _measure(name, here, devices)
+        return _measure(name, here, devices, busy)
     recorded = _landscape(here[0] if here else name, replay)
     of = recorded.environment.gpu
     if of not in here[:1] and (name == AUTO or not gpus.is_a(of, name)):
@@ -48,9 +49,8 @@ def visible_gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def _measure(name: str, here: Sequence[str], wanted: tuple[int, ...] | None) -> Source:
+def _measure(name: str, here: Sequence[str], wanted: tuple[int, ...] | None, busy: Mapping[int, str]) -> Source:
     """All the devices of one model that are idle, or those that were asked for."""
-    busy = usage.busy_gpus()
     considered = range(len(here)) if wanted is None else wanted
     idle = [i for i in considered if i not in busy]
     model = here[(idle or considered)[0]]

@@ -1,14 +1,20 @@
 """Which GPUs other programs are using, as the driver tells."""
 
 import subprocess
+import time
 
 BUSY_PERCENT = 10  # of the time with a kernel running
+SECOND_LOOK_S = 1.0  # later: a program that starts or has just ended keeps a GPU busy for a moment
 BUSY_MIB = 1024  # of memory in use: more than the driver takes for itself, less than any model
 
 
 def busy_gpus() -> dict[int, str]:
     """Index, as torch counts -> what it is busy with; empty where the driver does not tell."""
     used = _used()
+    if any(percent >= BUSY_PERCENT for percent, _ in used.values()):
+        time.sleep(SECOND_LOOK_S)
+        again = _used()
+        used = {uuid: (min(percent, again.get(uuid, (0, 0))[0]), mib) for uuid, (percent, mib) in used.items()}
     if not used:
         return {}
     import torch

@@ -18,6 +18,7 @@ def driver(tmp_path, monkeypatch):
         program.chmod(0o755)
 
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(usage, "SECOND_LOOK_S", 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="ba"[index]))
     return answers
@@ -35,6 +36,12 @@ def driver(tmp_path, monkeypatch):
 def test_a_gpu_is_busy_with_kernels_or_memory(driver, text, busy):
     driver(text)
     assert usage.busy_gpus() == busy
+
+
+def test_a_gpu_that_is_idle_at_the_second_look_is_idle(driver, monkeypatch):
+    driver("GPU-a, 97, 4\nGPU-b, 97, 4")
+    monkeypatch.setattr(usage.time, "sleep", lambda seconds: driver("GPU-a, 0, 4\nGPU-b, 97, 4"))
+    assert usage.busy_gpus().keys() == {0}
 
 
 def test_without_a_driver_none_is_busy(tmp_path, monkeypatch):
