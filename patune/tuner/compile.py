@@ -88,7 +88,7 @@ class CompilePool:
         with self._starting:
             self._closed = True
             for child in self._children:
-                child.kill()
+                child.end()
 
     def _compile(self, key: Key, workload: Workload, configs: list[Values]) -> list[Build]:
         child = self._idle.get()
@@ -133,9 +133,14 @@ class _Child:
             raise TimeoutError(f"compiling took more than {timeout_s:g} s")
         return self._pipe.recv()
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """End the process. A thread that reads its pipe finds the end of it."""
         self._process.kill()
         self._process.join()
+
+    def kill(self) -> None:
+        """End it, for the thread that reads its pipe."""
+        self.end()
         self._pipe.close()
 
 

@@ -71,7 +71,7 @@ class GpuRunner:
     def close(self) -> None:
         """End the worker, also in the middle of a race, and the compilers."""
         self._closed = True
-        self._worker.kill()
+        self._worker.end()
         if self._pool:
             self._pool.close()
 
@@ -177,9 +177,14 @@ class _Worker:
         except (EOFError, OSError):
             raise self._dead() from None
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """End the process. A thread that reads its pipe finds the end of it."""
         self._process.kill()
         self._process.join(30)  # the GPU's memory is free again only then
+
+    def kill(self) -> None:
+        """End it, for the thread that reads its pipe."""
+        self.end()
         self._pipe.close()
 
     def _dead(self) -> _Lost:

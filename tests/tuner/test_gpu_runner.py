@@ -1,8 +1,11 @@
 """The measuring process is real; its kernel is interpreted, so all of this runs without a GPU."""
 
+import time
+
 import pytest
 
 from patune.errors import WorkerError
+from patune.tuner.fleet import Threads
 from patune.tuner.gpu import GpuRunner
 from patune.workload import Key, Workload
 from tests.tuner import templates
@@ -109,3 +112,18 @@ def test_no_gpu_is_said_in_one_line(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(WorkerError, match="no GPU is visible to measure on: replay a landscape"):
         GpuRunner()
+
+
+def test_a_runner_that_is_closed_in_the_middle_of_a_race_ends_at_once(monkeypatch):
+    """The race comes back as an error, no worker is left, and none is started."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    runner = GpuRunner()
+    fleet = Threads([runner], ["0"])
+    fleet.submit(0, lambda runner: runner.measure(KEY, WORKLOAD, [config(32, templates.HANGS)], config(16)))
+    time.sleep(1)
+    process = runner._worker._process
+    fleet.close()
+    assert not process.is_alive()
+    device, outcome = fleet.wait(fleet.now() + 10)
+    assert (device, str(outcome)) == (0, "the runner is closed")
+    assert runner._worker._process is process
