@@ -12,6 +12,7 @@ from pathlib import Path
 
 from patune.cachedb import landscape
 from patune.kernels.registry import template
+from patune.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "h100"
@@ -52,14 +53,38 @@ PEERS = {"fa3": "FlashAttention-3", "flashinfer": "FlashInfer", "vllm_triton": "
 
 
 def run_table() -> str:
-    """What the main job found for decode: tuned against the default."""
-    part = next(part for part in json.loads((RESULTS / "run.json").read_text())["keys"] if part["key"]["kernel"] == "decode")
+    """What tuning found for the decode of one model's shape: tuned against the default."""
+    key = dict(head_dim=128, page_size=16, q_heads_per_kv=4, kv_dtype="bfloat16")
+    part = next(part for part in _tuned("decode") if key.items() <= part["key"].items())
     lines = ["| workload | default µs | tuned µs | speedup | configs measured |", "|---|--:|--:|--:|--:|"]
     for found in part["workloads"]:
         w = found["workload"]
         name = f"{w['batch_size']} × {w['kv_len']} tokens{', ragged' if w['ragged'] else ''}"
         ratio = found["default_us"] / found["us"]
         lines.append(f"| {name} | {found['default_us']:.1f} | {found['us']:.1f} | ×{ratio:.2f} | {found['evaluations']} |")
+    return "\n".join(lines)
+
+
+def _tuned(kernel: str) -> list[dict]:
+    return json.loads((RESULTS / f"tuned-{kernel}.json").read_text())["keys"]
+
+
+def prefill_table() -> str:
+    """The best times of both templates of paged_prefill."""
+    best: dict[tuple, dict[str, float]] = {}
+    for part in _tuned("prefill"):
+        key = part["key"]
+        for found in part["workloads"]:
+            shape = (key["head_dim"], key["page_size"], key["q_heads_per_kv"], Workload(**found["workload"]))
+            best.setdefault(shape, {})[key["kernel"]] = found["us"]
+    lines = ["| prefill | plain Triton µs | Hopper template µs | TFLOP/s | speedup |", "|---|--:|--:|--:|--:|"]
+    for (head_dim, page_size, group, w), us in best.items():
+        pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(w.q_lens(), w.kv_lens(), strict=True))
+        rate = 4 * group * w.kv_heads * head_dim * pairs / us["prefill_hopper"] / 1e6
+        ratio = us["prefill"] / us["prefill_hopper"]
+        lines.append(
+            f"| d{head_dim} p{page_size} {w} | {us['prefill']:.1f} | {us['prefill_hopper']:.1f} | {rate:.0f} | ×{ratio:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -115,17 +140,17 @@ def measured(step: str) -> dict:
     return [run for run in json.loads((RESULTS / "provenance.json").read_text())["runs"] if step in run["steps"]][-1]
 
 
-RACED = {"decode": ("decode",), "prefill": ("prefill", "prefill_hopper")}  # race -> the templates that may run in it
+MEASURED = {"referee-decode": ("decode",), "tune-decode": ("decode",), "tune-prefill": ("prefill", "prefill_hopper")}  # by step
 
 
 def provenance_lines() -> str:
     lines = []
-    for race, templates in RACED.items():
-        run = measured(f"referee-{race}")
+    for step, templates in MEASURED.items():
+        run = measured(step)
         hashes = ", ".join(f"{name} {run['source_hash'][name]}" for name in templates)
         lines.append(
-            f"{race.capitalize()}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
-            f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hashes {hashes}."
+            f"- {step}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
+            f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hashes {hashes}"
         )
     return "\n".join(lines)
 
@@ -154,26 +179,27 @@ def timeline_table() -> str:
 
 
 def fp8_table() -> str:
-    """The landscape's best times with a cache of e4m3 beside those of bf16, where the bf16 cache has at least 256 MiB."""
-    recorded = landscape.load(RESULTS / "landscape.json.gz")
-    same = [key for key in recorded.keys() if (key.kernel, key.head_dim, key.page_size, key.q_heads_per_kv) == FP8_KEY]
-    bf16, fp8 = (next(key for key in same if key.kv_dtype == dtype) for dtype in ("bfloat16", "float8_e4m3fn"))
+    """The best times with a cache of e4m3 beside those of bf16, where the bf16 cache has at least 256 MiB."""
+    key = dict(head_dim=128, page_size=16, q_heads_per_kv=4)
+    best: dict[Workload, dict[str, float]] = {}
+    for part in _tuned("decode"):
+        if key.items() <= part["key"].items():
+            for found in part["workloads"]:
+                best.setdefault(Workload(**found["workload"]), {})[part["key"]["kv_dtype"]] = found["us"]
     lines = ["| workload | bf16 KV µs | fp8 KV µs | speedup |", "|---|--:|--:|--:|"]
-    for workload in recorded.workloads(fp8):
-        kv_bytes = sum(workload.kv_lens()) * workload.kv_heads * bf16.head_dim * 4
-        if kv_bytes >= 256 << 20:
-            wide, narrow = (recorded.optimum(key, workload).us for key in (bf16, fp8))
-            lines.append(f"| {workload} | {wide:.1f} | {narrow:.1f} | ×{wide / narrow:.2f} |")
+    for w, us in best.items():
+        if sum(w.kv_lens()) * w.kv_heads * key["head_dim"] * 4 >= 256 << 20:
+            wide, narrow = us["bfloat16"], us["float8_e4m3fn"]
+            lines.append(f"| {w} | {wide:.1f} | {narrow:.1f} | ×{wide / narrow:.2f} |")
     return "\n".join(lines)
 
 
-FP8_KEY = ("decode", 128, 16, 4)
-
 FIGURES = {
     "decode": lambda: race_table("decode"),
-    "prefill": lambda: race_table("prefill"),
+    "prefill": prefill_table,
     "host": host_line,
     "decode techniques": lambda: technique_table("decode"),
+    "prefill techniques": lambda: technique_table("prefill"),
     "decode timeline": timeline_table,
     "fp8": fp8_table,
     "run": run_table,
@@ -192,12 +218,14 @@ def rendered(text: str) -> str:
 
 
 def stale_kernels() -> set[str]:
-    """Kernels whose source is not the one that results/ was measured with."""
-    pairs = [(name, measured(f"referee-{race}")["source_hash"][name]) for race, names in RACED.items() for name in names]
-    pairs += [pair for step in ("run", "run-again", "tests") for pair in measured(step)["source_hash"].items()]
-    pairs += [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
-    pairs += json.loads((RESULTS / "ablation.json").read_text())["source_hash"].items()
-    return {name for name, value in pairs if template(name).source_hash != value}
+    """Kernels whose source is not the one that results/ was measured with; figures of the search are of the landscape's kernels."""
+    pairs = [(name, measured(step)["source_hash"][name], template(name)) for step, names in MEASURED.items() for name in names]
+    stale = {name for name, value, today in pairs if today.source_hash != value}
+    recorded = landscape.load(RESULTS / "landscape.json.gz")
+    hashes = {key.kernel: recorded.source_hash(key) for key in recorded.keys()}
+    of_search = [(part["key"]["kernel"], part["source_hash"]) for part in json.loads((RESULTS / "search.json").read_text())["keys"]]
+    of_search += json.loads((RESULTS / "ablation.json").read_text())["source_hash"].items()
+    return stale | {name for name, value in of_search if hashes.get(name, value) != value}
 
 
 def main() -> None:

@@ -39,7 +39,17 @@ def choose(name: str, devices: tuple[int, ...] | None, replay: str | None) -> So
         raise UsageError(f"--replay: that landscape was recorded on {of}, not on {here[0] if here else name}")
     why = "no GPU visible: " if replay is None else ""
     when = recorded.recorded[:10]
-    return Source(recorded, (), (f"{why}replaying the landscape recorded on {of}, {when} (nothing is measured now)",))
+    said = [f"{why}replaying the landscape recorded on {of}, {when} (nothing is measured now)"]
+    if changed := _changed(recorded):
+        said.append(f"{', '.join(changed)}: the kernel has changed since it was recorded, what wins here may not win today")
+    return Source(recorded, (), tuple(said))
+
+
+def _changed(recorded: Landscape) -> list[str]:
+    """Kernels of the landscape whose source is not today's."""
+    from ..kernels.registry import template
+
+    return sorted({key.kernel for key in recorded.keys() if recorded.source_hash(key) != template(key.kernel).source_hash})
 
 
 def visible_gpus() -> list[str]:
