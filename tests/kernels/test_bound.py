@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patune.kernels import bound, ops
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: tests/gpu/test_bound.py has the real one")
 def test_bound_calls_without_the_interpreter(tmp_path):
     """All of bound_calls.py, in one process that compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
