@@ -1,6 +1,6 @@
 """Measure a commit on a GPU host: tests, a race against peers, and the main job twice. Everything lands in one folder.
 
-    python tools/measure.py OUT --commit HASH [--referee REFEREE.py --peers DIR] [--skip tests,referee,run]
+    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests,referee,run]
 
 OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
 own output. A step that fails or runs out of time is named in the provenance, and the others still run.
@@ -14,6 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from patune.cli.plan import KERNELS
 from patune.kernels.registry import NAMES, template
 from patune.tuner.timing import clock
 from patune.tuner.worker import environment_of
@@ -44,6 +45,15 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     }
 
 
+def recording(out: Path, gpu: str) -> dict[str, tuple[list[str], str, int]]:
+    """The steps that measure every valid config of the standard workloads, and leave the landscape and the packed database."""
+    patune, db = [sys.executable, "-m", "patune"], str(out / "landscape.db")
+    tune = [*patune, "run", "--gpu", gpu, "--trials", "all", "--db", db, "--json", "--kernel"]
+    steps = {f"tune-{kernel}": ([*tune, kernel], f"tuned-{kernel}.json", 400) for kernel in KERNELS}
+    export = [*patune, "export", "--to", "landscape", "--db", db, "--out", str(out / "landscape.json.gz")]
+    return steps | {"landscape": (export, "landscape.txt", 60), "pack": ([sys.executable, "-m", "gzip", db], "pack.txt", 60)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -52,6 +62,7 @@ def main() -> None:
     parser.add_argument("--referee", type=Path, help="the referee's script")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--prefill-peers", default="fa3,flashinfer", help="the others are 3 to 10 times slower and take minutes")
+    parser.add_argument("--record", action="store_true", help="measure every valid config too, 6 minutes on an H100")
     parser.add_argument("--workers", type=int, default=14, help="of the tests")
     parser.add_argument("--skip", default="", help="comma-separated beginnings of step names")
     args = parser.parse_args()
@@ -65,7 +76,8 @@ def main() -> None:
         "source_hash": {name: template(name).source_hash for name in NAMES}, "steps": {},
     }  # fmt: skip
     skipped = [name for name in args.skip.split(",") if name] + ([] if args.referee else ["referee"])
-    for name, (command, stdout, limit_s) in steps(args.out, args).items():
+    todo = (recording(args.out, args.gpu) if args.record else {}) | steps(args.out, args)
+    for name, (command, stdout, limit_s) in todo.items():
         if not any(name.startswith(prefix) for prefix in skipped):
             run["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
             print(f"{name}: {outcome}", flush=True)
