@@ -30,12 +30,13 @@ from .config import Config
 from .sizes import ceil_div
 from .template import Launch
 
-MAX_BOUND = 256  # keys; the length of kv_indices, and so the key, changes as a server's sequences grow
+MAX_BOUND = 256  # keys; the length of kv_indices, and so the key, changes as a server's sequences grow, the config seldom
 SCRATCH_ALIGNMENT = 128  # bytes: a cache line, and a multiple of the 16 that Triton specialises pointers on
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}  # another class may give an operator another meaning
 IMMUTABLE = (type(None), bool, int, float, str, Config)
 
 _bound: dict[tuple, "Bound"] = {}
+_of_config: dict[tuple, "Bound"] = {}  # the same, by keys without the length of kv_indices but with the config
 
 
 class Call(NamedTuple):
@@ -43,6 +44,8 @@ class Call(NamedTuple):
 
     build: Callable[..., list[Launch]]
     tensors: tuple[torch.Tensor | None, ...]
+    advice: int | None = None  # index of a tensor whose length decides the config and nothing else
+    config: tuple[int, ...] = ()
 
 
 class Bound(NamedTuple):
@@ -90,6 +93,12 @@ def find(*arguments: Any) -> tuple[tuple, list[int], Bound | None] | None:
 
 def remember(key: tuple, call: Call) -> None:
     """Bind a call that has just run to its key."""
+    if len(_bound) >= MAX_BOUND:
+        forget()
+    same = _without_length(key, call)
+    if same in _of_config:
+        _bound[key] = _of_config[same]
+        return
     kernels = [launch.warmup() for launch in call.build(*call.tensors)]  # compiles nothing: it says which kernels have run
     if not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
         return
@@ -114,10 +123,25 @@ def remember(key: tuple, call: Call) -> None:
                 return  # it may hold a tensor
             arguments.append(value)
         entries.append(_entry(kernel, launch.grid, arguments))
-    if len(_bound) >= MAX_BOUND:
-        _bound.clear()
     like = next(x for x in call.tensors if x is not None)
-    _bound[key] = Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
+    made = Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
+    _bound[key] = _of_config[same] = made
+
+
+def forget() -> None:
+    """Unbind everything."""
+    _bound.clear()
+    _of_config.clear()
+
+
+def _without_length(key: tuple, call: Call) -> tuple:
+    """The key for any length of the advising tensor that leads to the same config."""
+    if call.advice is None:
+        return key
+    *others, facts = key
+    i = sum(x is not None for x in call.tensors[: call.advice])
+    alignment, _, *rest = facts[i]
+    return *others, facts[:i], alignment, *rest, facts[i + 1 :], call.config
 
 
 class _Kinds(NamedTuple):

@@ -91,7 +91,8 @@ def decode_call(
             v_factor=v_factor, own_shares=deterministic,
         )  # fmt: skip
 
-    return Call(build, (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse))
+    tensors = (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
+    return Call(build, tensors, advice=3, config=tuple(values[name] for name in decode.TUNABLES))
 
 
 def _paged_decode(q, *arguments, **options):

@@ -27,7 +27,7 @@ CASE = Case((1, 1), (200, 330), dtype="bfloat16")  # the H100's table or the rul
 
 @pytest.fixture(autouse=True)
 def nothing_bound():
-    bound._bound.clear()
+    bound.forget()
     standin.made.clear()
 
 
@@ -49,7 +49,7 @@ def launched(arguments: dict) -> list:
 
 
 def unbound(arguments: dict) -> list:
-    bound._bound.clear()
+    bound.forget()
     return launched(arguments)
 
 
@@ -144,7 +144,7 @@ def test_a_call_is_not_served_by_what_one_that_differs_in_one_thing_bound(name):
     plain, arguments = Arguments(), VARIATIONS[name]()
     want_plain, want = unbound(plain), unbound(arguments)
     for first, second, wanted in ((plain, arguments, want), (arguments, plain, want_plain)):
-        bound._bound.clear()
+        bound.forget()
         launched(first)
         assert launched(second) == wanted
 
@@ -155,7 +155,7 @@ def test_a_call_is_never_served_by_what_another_one_bound(names):
     """After any calls, a call launches what it would have launched first."""
     calls = [VARIATIONS[name]() for name in names]
     wanted = [unbound(arguments) for arguments in calls]
-    bound._bound.clear()
+    bound.forget()
     for _ in range(2):
         for arguments, want in zip(calls, wanted):
             assert launched(arguments) == want
@@ -180,7 +180,7 @@ DRAWN = st.fixed_dictionaries(PIECES)
 @given(DRAWN, st.lists(st.tuples(DRAWN, st.sampled_from(sorted(PIECES))), max_size=6))
 def test_any_change_of_a_template_s_call_that_matters_rebinds(pieces, changes):
     """dtype, length, stride, offset, alignment, shared storage and host arguments, of a small kernel with scratch and views."""
-    bound._bound.clear()
+    bound.forget()
 
     def build(n, stride):
         def launches(x, y):
@@ -254,6 +254,18 @@ def test_there_are_never_more_bound_calls_than_the_limit():
         arguments["kv_indices"] = torch.zeros(pages + 40, dtype=torch.int32)
         assert launched(arguments)
         assert 0 < len(bound._bound) <= bound.MAX_BOUND
+
+
+def test_page_lists_of_other_lengths_share_what_was_bound():
+    """Their length is advice for the config; where it leads to the same one, nothing else depends on it."""
+    arguments = Arguments()
+    arguments["config"] = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
+    want = launched(arguments)
+    bound.forget()
+    for lengths, pages in enumerate((40, 41, 77), start=1):
+        arguments["kv_indices"] = torch.zeros(pages, dtype=torch.int32)
+        assert launched(arguments) == launched(arguments) == want
+        assert len(bound._bound) == lengths and len(bound._of_config) == 1
 
 
 # What looks on sees what it saw before
