@@ -140,8 +140,8 @@ def _without_length(key: tuple, call: Call) -> tuple:
         return key
     *others, facts = key
     i = sum(x is not None for x in call.tensors[: call.advice])
-    alignment, _, *rest = facts[i]
-    return *others, facts[:i], alignment, *rest, facts[i + 1 :], call.config
+    alignment, shape, *rest = facts[i]
+    return *others, facts[:i], alignment, 0 in shape, *rest, facts[i + 1 :], call.config  # of an empty tensor no pointer is kept
 
 
 class _Kinds(NamedTuple):

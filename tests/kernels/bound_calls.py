@@ -268,6 +268,16 @@ def test_page_lists_of_other_lengths_share_what_was_bound():
         assert len(bound._bound) == lengths and len(bound._of_config) == 1
 
 
+def test_an_empty_page_list_shares_nothing_with_one_that_has_pages():
+    """No pointer is kept of an empty tensor, so what was bound for it must not serve a list with pages."""
+    arguments = Arguments()
+    arguments["config"] = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
+    for pages in (0, 40):
+        arguments["kv_indices"] = torch.zeros(pages, dtype=torch.int32)
+        assert launched(arguments) == launched(arguments)
+    assert len(bound._of_config) == 2
+
+
 # What looks on sees what it saw before
 
 
