@@ -11,8 +11,7 @@ from typing import Any
 from ..cachedb import lookup
 from ..errors import UsageError
 from .defaults import adapt, default_config
-
-KERNELS = ("decode", "prefill", "prefill_hopper", "append")
+from .registry import ENTRY_POINTS, NAMES
 
 
 class Config(Mapping[str, int]):
@@ -80,8 +79,8 @@ def get_best_config(
 
     Raises UsageError (a ValueError) for an unknown kernel or a size below 1.
     """
-    if kernel not in KERNELS and not _is_outside(kernel):
-        raise UsageError(f"kernel: {kernel!r} is unknown, use one of {', '.join(KERNELS)}")
+    if kernel not in NAMES and not _is_outside(kernel):
+        raise UsageError(f"kernel: {kernel!r} is unknown, use one of {', '.join(NAMES)}")
     sizes = dict(head_dim=head_dim, page_size=page_size, q_heads_per_kv=q_heads_per_kv, q_len=q_len)
     optional = dict(sm_count=sm_count, batch_size=batch_size, kv_len=kv_len, kv_heads=kv_heads)
     for name, value in {**sizes, **{n: v for n, v in optional.items() if v is not None}}.items():
@@ -103,24 +102,29 @@ def get_best_config(
 
 def find(query: dict) -> Config:
     """get_best_config for a query that is already complete and valid; what the kernels call."""
-    entry, source = lookup.table().find(query)
+    return _answer(query, *lookup.table().find(query))
+
+
+def _answer(query: dict, entry: dict | None, source: str) -> Config:
+    """The config for a query from what the table has for it."""
     if entry is None:
-        return Config(default_config(query) if query["kernel"] in KERNELS else {}, "default")
+        return Config(default_config(query) if query["kernel"] in NAMES else {}, "default")
     values = entry["config"] if source == "measured" else adapt(entry, query)
     return Config(values, source, lookup.provenance(entry))
 
 
 def find_either(first: dict, second: dict) -> tuple[str, Config]:
     """The kernel to take for a call that two can do: the faster one if the table has both for one workload, else the first."""
-    (a, _), (b, _) = (lookup.table().find(query) for query in (first, second))
+    found = [(query, *lookup.table().find(query)) for query in (first, second)]
+    (_, a, _), (_, b, _) = found
     same = a and b and all(a[field] == b[field] for field in ("gpu", *lookup.WORKLOAD_FIELDS))
-    query = second if a and b and same and b["us"] < a["us"] else first
-    return query["kernel"], find(query)
+    query, entry, source = found[bool(a and b and same and b["us"] < a["us"])]
+    return query["kernel"], _answer(query, entry, source)
 
 
 @functools.cache
 def _is_outside(kernel: str) -> bool:
-    return ":" in kernel or bool(entry_points(group="patune.templates", name=kernel))
+    return ":" in kernel or bool(entry_points(group=ENTRY_POINTS, name=kernel))
 
 
 def _plain(dtype: object) -> str:
