@@ -1,6 +1,6 @@
-"""Write the README's tables from the files in results/: no figure there is typed in.
+"""Write the tables of README.md and docs/ from the files in results/: no figure there is typed in.
 
-python tools/figures.py           rewrite README.md between its markers
+python tools/figures.py           rewrite the pages between their markers
 python tools/figures.py --check   exit 1 if that would change it, or if a kernel has changed since it was measured
 """
 
@@ -140,7 +140,12 @@ def measured(step: str) -> dict:
     return [run for run in json.loads((RESULTS / "provenance.json").read_text())["runs"] if step in run["steps"]][-1]
 
 
-MEASURED = {"referee-decode": ("decode",), "tune-decode": ("decode",), "tune-prefill": ("prefill", "prefill_hopper")}  # by step
+MEASURED = {  # step -> the templates whose times it has
+    "referee-decode": ("decode",),
+    "tune-decode": ("decode",),
+    "tune-prefill": ("prefill", "prefill_hopper"),
+    "referee-prefill": ("prefill",),
+}
 
 
 def provenance_lines() -> str:
@@ -197,6 +202,7 @@ def fp8_table() -> str:
 FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: prefill_table((128, 16)),
+    "prefill race": lambda: race_table("prefill"),
     "prefill elsewhere": lambda: prefill_table((128, 64), (64, 16)),
     "host": host_line,
     "decode techniques": lambda: technique_table("decode"),
