@@ -20,8 +20,10 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def race_table(mode: str) -> str:
-    """The last race of a mode: microseconds of patune and of the best peer in each case."""
-    rows = json.loads((RESULTS / f"referee-{mode}.json").read_text())["rows"]
+    """The last races of a mode: microseconds of patune and of the best peer in each case."""
+    rows = [
+        row for file in sorted(RESULTS.glob(f"referee-{mode}*.json"), reverse=True) for row in json.loads(file.read_text())["rows"]
+    ]
     share = "of the streaming floor" if mode == "decode" else "TFLOP/s"
     lines = [f"| {mode} | patune µs | {share} | best peer µs | peer | speedup |", "|---|--:|--:|--:|---|--:|"]
     ratios = []
@@ -144,7 +146,8 @@ MEASURED = {  # step -> the templates whose times it has
     "referee-decode": ("decode",),
     "tune-decode": ("decode",),
     "tune-prefill": ("prefill", "prefill_hopper"),
-    "referee-prefill": ("prefill",),
+    "referee-prefill": ("prefill", "prefill_hopper"),
+    "referee-prefill-heads": ("prefill", "prefill_hopper"),
 }
 
 
