@@ -1,6 +1,6 @@
-"""Run as a program, without TRITON_INTERPRET: compiles one config of "prefill_hopper" for sm_90; what it found as JSON on stdout.
+"""Run as a program, without TRITON_INTERPRET: compiles one config of a template for Hopper; what it found as JSON on stdout.
 
-In, as arguments: head_dim, page_size, then the config as JSON. A process each: an assertion in the compiler ends Python.
+In, as JSON arguments: fields of the Key, of the Workload, and the config. A process each: an assertion in the compiler ends Python.
 """
 
 import json
@@ -18,12 +18,11 @@ from patune.workload import Key, Workload
 
 
 def main() -> None:
-    head_dim, page_size, config = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    fields, sizes, config = map(json.loads, sys.argv[1:])
     driver.set_active(_NoGpu("9.0"))
-    key = Key("prefill_hopper", "", 132, head_dim, page_size, 4)
-    problem = template(key.kernel).problem(key, Workload(4, 4096, 512), device="meta")
-    (launch,) = problem.launches(config)
-    kernel = launch.warmup()
+    key = Key(gpu="", sm_count=132, **fields)
+    problem = template(key.kernel).problem(key, Workload(**sizes), device="meta")
+    kernel = problem.launches(config)[0].warmup()
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
@@ -33,11 +32,14 @@ def main() -> None:
     json.dump(
         {
             "shared_bytes": kernel.metadata.shared,
+            "threads": kernel.metadata.num_warps * 32,
+            "used_registers": int(re.findall(r"Used (\d+) registers", log)[0]),
             "spill_bytes": [int(n) for n in re.findall(r"(\d+) bytes spill", log)],
             "serialized": re.findall(r"C75\d\d", log),
             "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
             "wgmma": ptx.count("wgmma.mma_async"),
             "boxes": ptx.count("cp.async.bulk.tensor"),
+            "prefetches": ptx.count("cp.async.bulk.prefetch.L2"),
         },
         sys.stdout,
     )

@@ -85,8 +85,8 @@ def get_best_config(
     kv_dtype=None, batch_size=None, kv_len=None, q_len=1, kv_heads=None, ragged=False, features="",
 ):  # fmt: skip
     """The best known config of a kernel; None means unknown, and kv_dtype None the same as q_dtype."""
-    if kernel not in ("decode", "prefill", "prefill_hopper", "append"):
-        raise ValueError(f"kernel: {{kernel!r}} is unknown, use one of decode, prefill, prefill_hopper, append")
+    if kernel not in ("decode", "decode_hopper", "prefill", "prefill_hopper", "append"):
+        raise ValueError(f"kernel: {{kernel!r}} is unknown, use one of decode, decode_hopper, prefill, prefill_hopper, append")
     query = {{
         "kernel": kernel, "head_dim": head_dim, "page_size": page_size,
         "q_heads_per_kv": 1 if kernel == "append" else q_heads_per_kv,

@@ -49,7 +49,9 @@ class Request:
         plan: Plan = {}
         for kernel, shape in targets:
             if kernel in self.kernels:
-                for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size):
+                rows = shape.q_heads // shape.kv_heads * ((self.sizes and self.sizes.q_len) or 1)
+                wide = (self.kv_dtype or shape.kv_dtype or self.dtype) == self.dtype
+                for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size, rows, wide):
                     workloads = plan.setdefault(self._key(name, shape, gpu), [])
                     workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
         return plan

@@ -9,6 +9,7 @@ from .append import TEMPLATE as APPEND
 from .cache import PagedCache
 from .checks import bad
 from .decode import TEMPLATE as DECODE
+from .decode_hopper import TEMPLATE as DECODE_HOPPER
 from .prefill import TEMPLATE as PREFILL
 from .prefill_hopper import TEMPLATE as PREFILL_HOPPER
 from .template import Template, Values
@@ -88,9 +89,11 @@ def paged_decode(
     checks.check_values(given.cache, kv_indices, kv_indptr, kv_last_page_len)
     out = _out(q) if out is None else out
     lse = _lse(q) if return_lse else None
+    template = DECODE_HOPPER if config is not None and set(config) == set(DECODE_HOPPER.tunables) else DECODE
     arguments = (
         q, *given.kv, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout, q_len_per_seq,
-        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic, _values(DECODE, config),
+        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic, _values(template, config),
+        template.name,
     )  # fmt: skip
     torch.ops.patune.paged_decode(*arguments)
     if found is not None and (call := ops.decode_call(*arguments)):
@@ -323,7 +326,7 @@ def _values(template: Template, config: Values | None) -> list[int] | None:
         raise bad("config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}")
     if missing:
         raise bad("config", f"lacks {', '.join(sorted(missing))}")
-    wrong = [name for name in template.tunables if config[name] < 1]
-    if wrong:
-        raise bad("config", f"{', '.join(wrong)} must be at least 1")
+    for name, (least, *_) in template.tunables.items():
+        if config[name] < min(least, 1):
+            raise bad("config", f"{name} must be at least {min(least, 1)}")
     return [int(config[name]) for name in template.tunables]

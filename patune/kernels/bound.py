@@ -45,7 +45,7 @@ class Call(NamedTuple):
     build: Callable[..., list[Launch]]
     tensors: tuple[torch.Tensor | None, ...]
     advice: int | None = None  # index of a tensor whose length decides the config and nothing else
-    config: tuple[int, ...] = ()
+    config: tuple[str | int, ...] = ()
 
 
 class Bound(NamedTuple):

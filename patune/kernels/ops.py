@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from . import append, decode, prefill, prefill_hopper
+from . import append, decode, decode_hopper, prefill, prefill_hopper
 from .bound import Call
 from .cache import paged_cache
 from .config import find, find_either
 from .device import device_of
 from .indices import get_batch_indices_positions
-from .template import Launch, Values
+from .template import Launch, Template, Values
 
 _library = torch.library.Library("patune", "DEF")
 
@@ -40,6 +40,23 @@ def _config(template, values: list[int] | None, q, cache, **workload) -> Values:
 
 def _given(template, values: list[int]) -> Values:
     return dict(zip(template.tunables, values, strict=True))
+
+
+def _either(
+    first: Template, second: Template, serves: dict[str, bool], config: list[int] | None, given: str, q, cache, **workload
+) -> tuple[str, Values]:
+    """The name of the template to take of two, and the config: the caller's for the one given, else the table's answer.
+
+    serves: template -> whether it serves the call. Where both do and the table cannot tell, the first one is taken.
+    """
+    if config is not None:
+        if not serves[given]:
+            raise ValueError("config: is of the kernel for Hopper, which does not serve this call; leave it out")
+        return given, _given(first if given == first.name else second, config)
+    able = [template for template in (first, second) if serves[template.name]]
+    if len(able) == 1:
+        return able[0].name, find(_query(able[0], q, cache, **workload))
+    return find_either(_query(first, q, cache, **workload), _query(second, q, cache, **workload))
 
 
 def _query(template, q, cache, *, batch_size, kv_len, q_len, ragged=False, features="") -> dict:
@@ -67,7 +84,7 @@ def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | 
 
 def decode_call(
     q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, q_len, max_kv_len,
-    window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, kv_len=None,
+    window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, template="decode", kv_len=None,
 ) -> Call | None:  # fmt: skip
     """The call that operator paged_decode makes of its arguments; None if there is nothing to do."""
     batch_size = kv_indptr.shape[0] - 1
@@ -80,19 +97,27 @@ def decode_call(
     workload = dict(batch_size=batch_size, kv_len=kv_len, ragged=(max_kv_len or 0) >= 2 * kv_len)
     if deterministic:
         workload = dict(batch_size=1, kv_len=DETERMINISTIC_KV_LEN)
-    values = _config(decode.TEMPLATE, config, q, cache, q_len=q_len, features=_features(window, soft_cap, sinks), **workload)
+    extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    hopper = not deterministic and decode_hopper.serves(device_of(q).capability, q, cache, out, q_len=q_len, **extras)
+    template, values = _either(
+        decode.TEMPLATE, decode_hopper.TEMPLATE, {"decode": True, "decode_hopper": hopper}, config, template, q, cache,
+        q_len=q_len, features=_features(window, soft_cap, sinks), **workload,
+    )  # fmt: skip
     if deterministic and config is None:
         values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
 
     def build(q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
+        cache = paged_cache(kv_cache, v_cache, kv_layout)
+        arguments = q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values
+        if template == "decode_hopper":
+            return decode_hopper.launches(*arguments, sm_scale=sm_scale, q_len=q_len, v_factor=v_factor)
         return decode.launches(
-            q, paged_cache(kv_cache, v_cache, kv_layout), kv_indices, kv_indptr, kv_last_page_len, out, lse, values,
-            sm_scale=sm_scale, q_len=q_len, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
-            v_factor=v_factor, own_shares=deterministic,
+            *arguments, sm_scale=sm_scale, q_len=q_len, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale,
+            v_scale=v_scale, v_factor=v_factor, own_shares=deterministic,
         )  # fmt: skip
 
     tensors = (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=3, config=tuple(values[name] for name in decode.TUNABLES))
+    return Call(build, tensors, advice=3, config=(template, *values.values()))
 
 
 def _paged_decode(q, *arguments, **options):
@@ -114,14 +139,16 @@ def _paged_prefill(
     workload = dict(batch_size=batch_size, kv_len=kv_len, q_len=q.shape[0] // batch_size, ragged=ragged,
                     features=_features(window, soft_cap, sinks))  # fmt: skip
     hopper = prefill_hopper.serves(device_of(q).capability, q, cache, out, **extras)
-    if config is not None:
-        if template == "prefill_hopper" and not hopper:
-            raise ValueError("config: is of the kernel for Hopper, which does not serve this call; leave it out")
-        values = _given(prefill.TEMPLATE if template == "prefill" else prefill_hopper.TEMPLATE, config)
-    elif hopper:
-        template, values = find_either(*(_query(t, q, cache, **workload) for t in (prefill_hopper.TEMPLATE, prefill.TEMPLATE)))
-    else:
-        template, values = "prefill", find(_query(prefill.TEMPLATE, q, cache, **workload))
+    template, values = _either(
+        prefill_hopper.TEMPLATE,
+        prefill.TEMPLATE,
+        {"prefill": True, "prefill_hopper": hopper},
+        config,
+        template,
+        q,
+        cache,
+        **workload,
+    )
     launches, options = (prefill_hopper.launches, {}) if template == "prefill_hopper" else (prefill.launches, extras)
     run(launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
@@ -178,7 +205,7 @@ def _define(name: str, schema: str, implementation, returns: str = "()", fake=la
 _define(
     "paged_decode",
     f"Tensor q, Tensor kv_cache, Tensor? v_cache, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, str kv_layout, "
-    f"SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, bool deterministic, int[]? config",
+    f'SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, bool deterministic, int[]? config, str template="decode"',
     _paged_decode,
 )
 _define(

@@ -6,10 +6,7 @@ for other GPUs, and each keeps its own landscape, stale only when its own device
 for both and takes the faster one where both were measured on one workload, else this one.
 """
 
-from typing import NamedTuple
-
 import torch
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..workload import Key, Workload
@@ -21,6 +18,7 @@ from .problem import AttentionProblem
 from .registry import candidates
 from .sizes import ceil_div
 from .template import Launch, Template, Values
+from .tma import SWIZZLED, aligned, is_addressable, pool_arguments
 
 ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producers spill, and 504 is all that three groups have
@@ -51,42 +49,10 @@ def serves(
         and q.dtype in (torch.bfloat16, torch.float16)
         and cache.k.dtype == q.dtype
         and q.stride(2) == out.stride(2) == 1
-        and _aligned(q, q.stride(0), q.stride(1))
+        and aligned(q, q.stride(0), q.stride(1))
         and q.stride(0) >= (q.shape[1] - 1) * q.stride(1) + q.shape[2]
-        and matrix(cache.k, cache.k_strides, cache) is not None
-        and matrix(cache.v, cache.v_strides, cache) is not None
+        and is_addressable(cache)
     )
-
-
-def _aligned(x, *strides: int) -> bool:
-    """What TMA asks for: 16-byte multiples."""
-    return all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
-
-
-class Matrix(NamedTuple):
-    """K or V of a cache as a matrix, with a token's stride between its rows."""
-
-    rows: int
-    columns: int
-    page_rows: int  # from a page to the next one
-    head_rows: int  # from a head to the next one: rows in HND
-    head_columns: int  # columns in NHD
-
-
-def matrix(x: torch.Tensor, strides: tuple[int, int, int], cache: PagedCache) -> Matrix | None:
-    """K or V of the cache, `x`, as a matrix that TMA can address; None where its strides do not make one."""
-    page, head, token = strides
-    head = head if cache.kv_heads > 1 else 0
-    page = page if x.shape[0] > 1 else 0
-    across = token >= cache.kv_heads * cache.head_dim and (cache.kv_heads - 1) * head + cache.head_dim <= token
-    if x.shape[0] == 0 or token < cache.head_dim or page % token or (head % token and not across):
-        return None
-    if not _aligned(x, page, head, token):
-        return None
-    head_rows, head_columns = (0, head) if across else (head // token, 0)
-    rows = (x.shape[0] - 1) * (page // token) + (cache.kv_heads - 1) * head_rows + cache.page_size
-    columns = (cache.kv_heads - 1) * head_columns + cache.head_dim
-    return None if rows >= 1 << 31 else Matrix(rows, columns, page // token, head_rows, head_columns)
 
 
 def launches(
@@ -97,21 +63,14 @@ def launches(
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     items = min(tokens // BLOCK_M + batch_size, ceil_div(max_q_len, BLOCK_M) * batch_size) * q_heads
-    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    k, v = matrix(cache.k, cache.k_strides, cache), matrix(cache.v, cache.v_strides, cache)
-    assert k is not None and v is not None  # or `serves` would have said no
-    box = [min(cache.page_size, block_n), head_dim]
     columns = (q_heads - 1) * q.stride(1) + head_dim
     return [Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
-        q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], swizzled),
-        k_desc=TensorDescriptor(cache.k, [k.rows, k.columns], [cache.k_strides[2], 1], box, swizzled),
-        v_desc=TensorDescriptor(cache.v, [v.rows, v.columns], [cache.v_strides[2], 1], box, swizzled),
+        q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], SWIZZLED),
+        **pool_arguments(cache, block_n),
         qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
         counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
         out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads,
         stride_qh=q.stride(1), stride_ot=out.stride(0), stride_oh=out.stride(1),
-        k_page_rows=k.page_rows, k_head_rows=k.head_rows, k_head_columns=k.head_columns,
-        v_page_rows=v.page_rows, v_head_rows=v.head_rows, v_head_columns=v.head_columns,
         PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
         BLOCK_B=BLOCK_B, IN_TURN=config["issue"] == IN_TURN,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,

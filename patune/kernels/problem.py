@@ -87,7 +87,7 @@ class AttentionProblem(PagedInputs):
 
     def launches(self, config: Values, r: int = 0) -> list[Launch]:
         options = {}
-        if self.key.kernel != "decode":
+        if self.key.kernel not in ("decode", "decode_hopper"):
             options = dict(qo_indptr=self.qo_indptr, max_q_len=max(self.q_lens))
         else:
             options = dict(q_len=self.workload.q_len)

@@ -10,14 +10,21 @@ from pathlib import Path
 from ..errors import UsageError
 from .template import Template
 
-NAMES = ("decode", "prefill", "prefill_hopper", "append")
+NAMES = ("decode", "decode_hopper", "prefill", "prefill_hopper", "append")
 ENTRY_POINTS = "patune.templates"  # the group in which an installed package names its templates
 
 
-def candidates(kernel: str, capability: str | None, head_dim: int, page_size: int) -> tuple[str, ...]:
-    """The templates that can run a kernel's calls of a shape on a GPU; where there are several, the table knows the faster one."""
-    hopper = capability == "9.0" and head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256)
-    return ("prefill", "prefill_hopper") if kernel == "prefill" and hopper else (kernel,)
+def candidates(
+    kernel: str, capability: str | None, head_dim: int, page_size: int, rows: int = 1, wide: bool = True
+) -> tuple[str, ...]:
+    """The templates that can run a kernel's calls of a shape on a GPU; where there are several, the table knows the faster one.
+
+    rows: a decode's queries for a KV head. wide: whether the cache has 16 bits a value, like the queries.
+    """
+    hopper = capability == "9.0" and head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256) and wide
+    if hopper and (kernel == "prefill" or (kernel == "decode" and rows <= 16)):
+        return kernel, f"{kernel}_hopper"
+    return (kernel,)
 
 
 @functools.cache

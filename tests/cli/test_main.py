@@ -46,7 +46,7 @@ def test_every_option_of_every_command_has_help_or_speaks_for_itself(name, patun
         (["show", "--gpu", "h1000"], "'h1000' is not one of 'a100', 'l40s', 'h100',"),
         (
             ["run", "--gpu", "h100", "--kernel", "decoder"],
-            "kernel 'decoder' is unknown: use one of decode, prefill, prefill_hopper,",
+            "kernel 'decoder' is unknown: use one of decode, decode_hopper, prefill, prefill_hopper,",
         ),
         (["show", "--speed"], "No such option"),
     ],

@@ -13,15 +13,21 @@ def plan(kernels=KERNELS, shape=None, sizes=None):
 
 
 def test_shapes_that_differ_in_kv_heads_alone_share_a_key_and_have_the_workloads_of_both():
-    (shared,) = [workloads for key, workloads in plan(("decode",)).items() if (key.head_dim, key.q_heads_per_kv) == (128, 8)]
-    assert set(shared) == {*standard_workloads("decode", 8), *standard_workloads("decode", 1)}
-    assert len(set(shared)) == len(shared)
+    found = {key.kernel: w for key, w in plan(("decode",)).items() if (key.head_dim, key.q_heads_per_kv) == (128, 8)}
+    assert found.keys() == {"decode", "decode_hopper"}
+    for shared in found.values():
+        assert set(shared) == {*standard_workloads("decode", 8), *standard_workloads("decode", 1)}
+        assert len(set(shared)) == len(shared)
 
 
 def test_every_standard_target_is_planned():
-    prefill = {("prefill_hopper", s.head_dim, s.page_size, s.q_heads // s.kv_heads) for kernel, s in TARGETS if kernel == "prefill"}
+    hopper = {
+        (f"{kernel}_hopper", s.head_dim, s.page_size, s.q_heads // s.kv_heads)
+        for kernel, s in TARGETS
+        if kernel in ("decode", "prefill") and s.kv_dtype is None
+    }
     wanted = {(kernel, s.head_dim, s.page_size, 1 if kernel == "append" else s.q_heads // s.kv_heads) for kernel, s in TARGETS}
-    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted | prefill
+    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted | hopper
     types = {("bfloat16", s.kv_dtype or "bfloat16") for _, s in TARGETS}
     assert {(k.gpu, k.sm_count, k.q_dtype, k.kv_dtype) for k in plan()} == {(H100.gpu, 132, *pair) for pair in types}
 
@@ -30,6 +36,7 @@ def test_one_workload_means_the_usual_number_of_new_tokens_for_each_kernel():
     workloads = plan(shape=Shape(32, 8, 128), sizes=Sizes(4, 512, None, True))
     assert {key.kernel: w for key, (w,) in workloads.items()} == {
         "decode": Workload(4, 512, 1, 8, True),
+        "decode_hopper": Workload(4, 512, 1, 8, True),
         "prefill": Workload(4, 512, 512, 8, True),
         "prefill_hopper": Workload(4, 512, 512, 8, True),
         "append": Workload(4, 512, 1, 8, True),
@@ -42,9 +49,13 @@ def test_a_model_has_its_shape_but_for_the_page_size_that_is_given():
     assert shape_of(None, head_dim=80, q_heads=14, kv_heads=2, page_size=None) == Shape(14, 2, 80, 16)
 
 
-def test_the_hopper_kernel_is_tuned_with_prefill_and_only_where_it_can_run():
-    """Not on another architecture, nor for a shape that it does not take."""
+def test_the_kernels_for_hopper_are_tuned_with_the_plain_ones_and_only_where_they_can_run():
+    """Not on another architecture, nor for a shape that they do not take."""
     other = replace(H100, gpu="NVIDIA A100-SXM4-80GB", sm_count=108, capability="8.0")
-    assert {key.kernel for key in plan(("prefill",))} == {"prefill", "prefill_hopper"}
-    assert {key.kernel for key in plan(("prefill",), Shape(8, 8, 80, 16))} == {"prefill"}
-    assert {key.kernel for key in Request(("prefill",), None, None, "bfloat16").measured(other)} == {"prefill"}
+    for kernel in ("decode", "prefill"):
+        assert {key.kernel for key in plan((kernel,))} == {kernel, f"{kernel}_hopper"}
+        assert {key.kernel for key in plan((kernel,), Shape(8, 8, 80, 16))} == {kernel}
+        assert {key.kernel for key in plan((kernel,), Shape(32, 8, 128, 16, "float8_e4m3fn"))} == {kernel}
+        assert {key.kernel for key in Request((kernel,), None, None, "bfloat16").measured(other)} == {kernel}
+    assert {key.kernel for key in plan(("decode",), Shape(32, 1, 128, 16))} == {"decode"}
+    assert {key.kernel for key in plan(("decode",), Shape(32, 8, 128), Sizes(4, 512, 5, False))} == {"decode"}

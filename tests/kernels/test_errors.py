@@ -224,14 +224,16 @@ def test_a_cpu_tensor_needs_the_interpreter(call, monkeypatch):
 
 def test_an_unknown_template_names_those_there_are():
     """registry.template says what it knows."""
-    with pytest.raises(UsageError, match=r"kernel 'encode' is unknown: use one of decode, prefill, prefill_hopper, append"):
+    with pytest.raises(
+        UsageError, match=r"kernel 'encode' is unknown: use one of decode, decode_hopper, prefill, prefill_hopper, append"
+    ):
         registry.template("encode")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(kernel="encode"), "kernel: 'encode' is unknown, use one of decode, prefill, prefill_hopper, append"),
+        (dict(kernel="encode"), "kernel: 'encode' is unknown, use one of decode, decode_hopper, prefill, prefill_hopper, append"),
         (dict(head_dim=0), "head_dim: expected an int of at least 1, got 0"),
         (dict(page_size=16.0), "page_size: expected an int of at least 1, got 16.0"),
         (dict(batch_size=-1), "batch_size: expected an int of at least 1, got -1"),

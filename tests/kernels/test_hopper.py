@@ -1,10 +1,11 @@
-"""The template "prefill_hopper" without a GPU: what it compiles to for sm_90, which calls it takes, how TMA addresses a cache."""
+"""The templates for Hopper without a GPU: what they compile to for sm_90, which calls they take, how TMA addresses a cache."""
 
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,29 +15,45 @@ from hypothesis import strategies as st
 from triton.runtime.jit import JITFunction
 
 from patune.cachedb import lookup
-from patune.kernels import config, prefill_hopper, prefill_hopper_jit
+from patune.kernels import config, decode_hopper, decode_hopper_jit, prefill_hopper, prefill_hopper_jit
 from patune.kernels.cache import paged_cache
+from patune.kernels.tma import matrix
 from patune.tuner.compile import SHARED_BYTES
+from patune.tuner.space import valid_points
+from patune.workload import Key, Workload
 
 # head_dim, page_size, BLOCK_N, num_stages, schedule, issue. Not head_dim 64 in turns: Triton 3.7 spills a register an item there.
 BUILDS = [(64, 16, 128, 4, 1, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
 
 
-def build(head_dim: int, page_size: int, block_n: int, stages: int, schedule: int, issue: int) -> dict:
+# The same without the last two: prefetch, and new tokens a sequence. A batch above 32 is walked in chunks.
+DECODES = [
+    (64, 16, 128, 4, 64, 1), (64, 8, 128, 3, 256, 2), (64, 64, 64, 6, 0, 2), (128, 16, 64, 3, 64, 1), (128, 8, 64, 3, 256, 2),
+    (128, 8, 128, 3, 256, 2), (128, 16, 128, 2, 64, 2), (128, 256, 64, 6, 0, 1), (256, 8, 64, 3, 0, 2),
+    (256, 16, 64, 3, 256, 2), (256, 32, 64, 2, 64, 1),
+]  # fmt: skip
+
+
+def build(kernel: str, workload: Workload, head_dim: int, page_size: int, group: int, **values: int) -> dict:
     """What hopper_builds.py finds, in a process that has no TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).parents[1] / "hopper_builds.py"
-    values = json.dumps(dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule, issue=issue))
-    command = [sys.executable, program, str(head_dim), str(page_size), values]
+    key = dict(kernel=kernel, head_dim=head_dim, page_size=page_size, q_heads_per_kv=group)
+    command = [sys.executable, program, *map(json.dumps, (key, asdict(workload), values))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_the_kernel_compiles_to_what_it_was_written_as():
+def test_the_prefill_kernel_compiles_to_what_it_was_written_as():
     """No spill, registers moved from the producer to the consumers, no wgmma serialised, every tile in whole boxes."""
+
+    def of(head_dim, page_size, block_n, stages, schedule, issue):
+        values = dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule, issue=issue)
+        return build("prefill_hopper", Workload(4, 4096, 512), head_dim, page_size, 4, **values)
+
     with ThreadPoolExecutor(2) as threads:
-        built = list(threads.map(lambda values: build(*values), BUILDS))
+        built = list(threads.map(lambda values: of(*values), BUILDS))
     for (head_dim, page_size, block_n, *_), found in zip(BUILDS, built, strict=True):
         assert found["spill_bytes"] == [0, 0]
         assert found["serialized"] == []
@@ -49,10 +66,39 @@ def test_the_kernel_compiles_to_what_it_was_written_as():
         assert found["boxes"] >= (2 * (block_n // min(block_n, page_size)) + 2) * messages
 
 
-def test_the_hash_covers_all_device_code():
+def test_the_decode_kernel_compiles_to_what_it_was_written_as():
+    """No spill, registers moved, every tile in whole boxes, prefetches only if asked for, and as many programs an SM as is said."""
+
+    def of(head_dim, page_size, block_n, stages, prefetch, q_len):
+        values = dict(BLOCK_N=block_n, num_stages=stages, prefetch=prefetch, num_splits=4)
+        return build("decode_hopper", Workload(4 if q_len == 1 else 64, 4096, q_len), head_dim, page_size, 8, **values)
+
+    with ThreadPoolExecutor(2) as threads:
+        built = list(threads.map(lambda values: of(*values), DECODES))
+    for (head_dim, page_size, block_n, stages, prefetch, _), found in zip(DECODES, built, strict=True):
+        assert found["spill_bytes"] == [0, 0]
+        assert decode_hopper.PRODUCER_REGISTERS in found["registers"]
+        assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) * (head_dim // 64)
+        assert found["prefetches"] == (2 if prefetch else 0)
+        programs = decode_hopper.programs_an_sm(block_n, stages, head_dim)
+        reserved = 1024  # bytes that the driver keeps of each program's shared memory
+        by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + reserved)
+        by_registers = decode_hopper.SM_REGISTERS // (found["used_registers"] * found["threads"])
+        assert programs == min(by_shared, by_registers)
+
+
+def test_every_decode_config_leaves_room_for_one_or_two_programs_an_sm():
+    for head_dim in (64, 128, 256):
+        points = valid_points(decode_hopper.TEMPLATE, Key("decode_hopper", "", 132, head_dim, 16, 4), Workload(8, 4096))
+        rings = {(p["BLOCK_N"], p["num_stages"]) for p in points}
+        assert {decode_hopper.programs_an_sm(*ring, head_dim) for ring in rings} == ({1} if head_dim == 256 else {1, 2})
+
+
+@pytest.mark.parametrize(("jit", "template"), [(prefill_hopper_jit, prefill_hopper), (decode_hopper_jit, decode_hopper)])
+def test_the_hash_covers_all_device_code(jit, template):
     """A change in any device function makes recorded results stale."""
-    functions = {id(x) for x in vars(prefill_hopper_jit).values() if isinstance(x, JITFunction)}
-    assert functions <= {id(x) for x in prefill_hopper.JIT_FUNCTIONS}
+    functions = {id(x) for x in vars(jit).values() if isinstance(x, JITFunction)}
+    assert functions <= {id(x) for x in template.JIT_FUNCTIONS}
 
 
 @given(
@@ -66,7 +112,7 @@ def test_a_cache_as_a_matrix_has_every_token_where_the_cache_has_it(layout, pair
     kv = kv[:, :, :1] if sliced else kv
     cache = paged_cache(kv[:, 0], kv[:, 1], layout) if pair else paged_cache(kv, None, layout)
     for x, strides in ((cache.k, cache.k_strides), (cache.v, cache.v_strides)):
-        found = prefill_hopper.matrix(x, strides, cache)
+        found = matrix(x, strides, cache)
         if found is None:
             assert padding or sliced
             continue
@@ -98,6 +144,26 @@ def test_the_kernel_takes_what_it_can_do_and_leaves_the_rest_to_the_plain_one():
         assert not served(**{name: value})
     assert served(q=torch.zeros(3, 16, 128, dtype=torch.bfloat16)[:, :8])  # strided over tokens
     assert not served(q=torch.zeros(3, 8, 256, dtype=torch.bfloat16)[..., ::2])  # and within a head
+
+
+def decodes(capability="9.0", head_dim=128, page_size=16, group=4, dtype=torch.bfloat16, kv_dtype=None, **extras) -> bool:
+    kv = torch.zeros(2, 2, 2, page_size, head_dim, dtype=kv_dtype or dtype)
+    q = torch.zeros(3, 2 * group, head_dim, dtype=dtype)
+    return decode_hopper.serves(capability, q, paged_cache(kv, None, "HND"), torch.empty_like(q), **extras)
+
+
+def test_the_decode_kernel_takes_what_it_can_do_and_leaves_the_rest_to_the_plain_one():
+    for head_dim in (64, 128, 256):
+        for page_size in (8, 16, 32, 64, 128, 256):
+            assert decodes(head_dim=head_dim, page_size=page_size)
+    assert decodes(dtype=torch.float16) and decodes(group=16) and decodes(group=3, q_len=5)
+    assert not decodes("8.0") and not decodes("10.0") and not decodes(None)
+    assert not decodes(group=17) and not decodes(group=4, q_len=5)  # more than 16 rows
+    assert not decodes(head_dim=80) and not decodes(head_dim=512) and not decodes(page_size=4) and not decodes(page_size=48)
+    assert not decodes(dtype=torch.float32) and not decodes(kv_dtype=torch.float8_e4m3fn)
+    one = torch.ones(1)
+    for name, value in dict(window=7, soft_cap=5.0, sinks=one, k_scale=one, v_scale=one).items():
+        assert not decodes(**{name: value})
 
 
 @pytest.mark.parametrize(("plain_us", "hopper_us", "wanted"), [(5.0, 6.0, "prefill"), (6.0, 5.0, "prefill_hopper")])

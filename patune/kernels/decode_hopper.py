@@ -1,0 +1,128 @@
+"""Paged decode on Hopper, template "decode_hopper": stage 1 that `paged_decode` may run where `serves` says so;
+decode_hopper_jit.py is its device code. Stage 2, the cut into shares and the partials are those of the template "decode".
+
+It is a template of its own for the reasons that prefill_hopper.py gives. `paged_decode` asks the table for both and takes this one
+where it was measured to be the faster one.
+"""
+
+import torch
+
+from ..workload import Key, Workload
+from . import decode
+from . import decode_hopper_jit as jit
+from .cache import PagedCache
+from .defaults import SPLITS, default_config, query_of
+from .device import device_of
+from .problem import AttentionProblem
+from .registry import candidates
+from .template import Launch, Template, Values
+from .tma import is_addressable, pool_arguments
+
+PRODUCER_REGISTERS = 48  # a thread
+REGISTERS = {1: 152, 2: 128}  # a thread, the mean over two groups of four warps, by programs an SM: no config spills with them
+SM_REGISTERS = 65536
+SM_SHARED_BYTES, BLOCK_SHARED_BYTES = 228 * 1024, 227 * 1024
+BESIDE_BYTES = 2048  # a program: barriers, maxima and sums, and what the driver keeps, rounded up
+TUNABLES = {
+    "BLOCK_N": (64, 128),  # KV tokens a tile
+    "num_stages": (2, 3, 4, 5, 6),  # tiles in the ring: also how many programs an SM holds, see programs_an_sm()
+    "prefetch": (0, 64, 256),  # KV tokens that are brought into L2 before the kernel ahead has ended
+    "num_splits": SPLITS,  # mean shares a sequence
+}
+JIT_FUNCTIONS = (
+    *decode.JIT_FUNCTIONS, jit.add, jit.pick, jit.find_share, jit.prefetch_rows, jit.prefetch, jit.page_ids, jit.produce,
+    jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.decode_split_hopper,
+)  # fmt: skip
+_SHARED = (
+    "q_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr", "out_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr",
+    "sm_scale", "v_scale", "batch_size", "num_splits", "stride_qt", "stride_qh", "stride_ot", "stride_oh",
+    "GROUP", "Q_LEN", "PAGE_SIZE", "BLOCK_N", "BLOCK_B",
+)  # fmt: skip
+
+
+def serves(
+    capability: str | None,
+    q,
+    cache: PagedCache,
+    out,
+    *,
+    q_len=1,
+    window=None,
+    soft_cap=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+) -> bool:
+    """Whether the kernel takes a call: on Hopper, few rows, q and cache of 16 bits that TMA can address, and nothing extra."""
+    extras = (window, soft_cap, sinks, k_scale, v_scale)  # scales are tensors here; a float is folded into others before
+    group = q.shape[1] // cache.kv_heads
+    return (
+        "decode_hopper" in candidates("decode", capability, cache.head_dim, cache.page_size, group * q_len)
+        and all(x is None for x in extras)
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and cache.k.dtype == q.dtype
+        and q.stride(2) == out.stride(2) == 1
+        and is_addressable(cache)
+    )
+
+
+def shared_bytes(block_n: int, stages: int, head_dim: int) -> int:
+    """Of one program: the ring, and queries that registers cannot hold."""
+    return 2 * stages * block_n * head_dim * 2 + (4 * jit.ROWS_M.value * head_dim * 2 if head_dim > 128 else 0) + BESIDE_BYTES
+
+
+def programs_an_sm(block_n: int, stages: int, head_dim: int) -> int:
+    """How many programs an SM holds at once, 1 or 2.
+
+    Launched programmatically, the next call's programs go to whichever SM is free first. Where an SM can hold more of them than its
+    share of the grid, they pile up there; a ring that leaves room for no more than that share spreads them.
+    """
+    return min(2, SM_SHARED_BYTES // shared_bytes(block_n, stages, head_dim))
+
+
+def launches(
+    q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *, sm_scale, q_len=1, v_factor=1.0
+) -> list[Launch]:
+    """The launches of one decode that `serves` takes; arguments as in decode.launches."""
+    block_n, stages, prefetch = config["BLOCK_N"], config["num_stages"], config["prefetch"]
+    plain, *reduce = decode.launches(
+        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, dict(config, num_warps=4), sm_scale=sm_scale, q_len=q_len,
+        v_factor=v_factor,
+    )  # fmt: skip
+    programs = programs_an_sm(block_n, stages, cache.head_dim)
+    run = min(cache.page_size, block_n, max(1, prefetch))  # tokens
+    if cache.k_strides[2] != cache.head_dim or cache.v_strides[2] != cache.head_dim:
+        run = 1
+    split = Launch(jit.decode_split_hopper, plain.grid, dict(
+        {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n),
+        k_ptr=cache.k, v_ptr=cache.v, k_row_stride=cache.k_strides[2], v_row_stride=cache.v_strides[2],
+        num_indices=kv_indices.shape[0], num_pages=cache.k.shape[0],
+        early=int(config["num_splits"] > 1), hinted=device_of(q).sm_count * programs,
+        STAGES=stages, PREFETCH=prefetch, RUN=run, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4, maxnreg=REGISTERS[programs], launch_pdl=True,
+    ))  # fmt: skip
+    return [split, *reduce]
+
+
+def invalid(config: Values, key: Key, workload: Workload) -> str | None:
+    """Why a point need not run: it cannot fit, or another point does the same with less."""
+    block_n, stages = config["BLOCK_N"], config["num_stages"]
+    if key.q_heads_per_kv * workload.q_len > jit.ROWS_M.value:
+        return "more than 16 queries a KV head"
+    if shared_bytes(block_n, stages, key.head_dim) > BLOCK_SHARED_BYTES:
+        return "tiles in flight exceed shared memory"
+    if stages < TUNABLES["num_stages"][-1] and programs_an_sm(block_n, stages + 1, key.head_dim) == 2:
+        return "a longer ring leaves room for as many programs"
+    return decode.invalid(dict(config, num_warps=4), key, workload)
+
+
+TEMPLATE = Template(
+    name="decode_hopper",
+    tunables=TUNABLES,
+    runtime=frozenset({"num_splits"}),
+    invalid=invalid,
+    default=lambda key, workload: default_config(query_of(key, workload)),
+    problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
+    jit_functions=JIT_FUNCTIONS,
+    fit=decode.fit,
+)

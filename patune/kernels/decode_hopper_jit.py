@@ -1,0 +1,375 @@
+"""Device code of the template "decode_hopper": stage 1 of a paged decode, warp-specialised, for sm_90.
+
+Grid, cut into shares, partials and results are those of the plain template's stage 1, so its stage 2 reduces them. A program is a
+producer warp, which finds the share and streams its KV tiles by TMA into a ring in shared memory, one box a page, and consumer
+warps, which own a part of every tile's tokens each, with an online softmax of their own: one batched MMA, the batch over warps.
+Nothing crosses warps until the share ends; then their states are merged through the idle ring.
+
+Before the kernel ahead has ended (gdc_wait), the producer reads the page table as a hint and asks for the first KV bytes of its
+share to be brought into L2. The table may be half written then: nothing but the prefetch's addresses depends on what is read, they
+are clamped into the pool, and the loads stay out of L1, so that the table is read anew afterwards.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .decode import own_share_size
+
+LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
+ROWS_M = gl.constexpr(16)  # rows of the MMA tile: the queries of a group, padded
+L1 = gl.constexpr("")  # how a load is cached
+L2 = gl.constexpr(".cg")
+
+
+# ---- which share is this program's
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def pick(hit, x):
+    return gl.sum(gl.where(hit, x, 0), 0)
+
+
+@gluon.jit
+def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr, CACHE: gl.constexpr):
+    """This program's share: (its sequence's first page and KV tokens, its first tile, its tiles, the sequence, whether it is all of
+    it, whether there is a share).
+
+    Cut as `decode_reduce` assumes: by share_size() over the batch, a sequence of its own by own_share_size().
+    """
+    kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits = batch
+    item = gl.program_id(1)
+    b = item // num_splits
+    first_item = b * num_splits
+    found = item >= 0
+    first_page = gl.load(kv_indptr_ptr, cache_modifier=CACHE)
+    if (num_splits == 1) | (batch_size == 1):
+        first_page = gl.load(kv_indptr_ptr + b, cache_modifier=CACHE)
+        pages = gl.load(kv_indptr_ptr + b + 1, cache_modifier=CACHE) - first_page
+        last_page_len = gl.load(kv_last_page_len_ptr + b, cache_modifier=CACHE)
+        kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last_page_len, 0)
+        share = own_share_size(kv_len, num_splits, 1, BLOCK_N)
+    else:
+        # Every warp looks at the whole batch and none waits for another.
+        layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [gl.num_warps()], [0])
+        pages = gl.load(kv_indptr_ptr + batch_size, cache_modifier=CACHE) - first_page
+        share = pages
+        b = item * 0
+        first_item = b
+        first_page = b
+        kv_len = b
+        shares = b
+        total = b
+        for start in range(0, batch_size, BLOCK_B):
+            offs = start + gl.arange(0, BLOCK_B, layout)
+            inside = offs < batch_size
+            first = gl.load(kv_indptr_ptr + offs, mask=inside, other=0, cache_modifier=CACHE)
+            n = gl.load(kv_indptr_ptr + offs + 1, mask=inside, other=0, cache_modifier=CACHE) - first
+            last_page_len = gl.load(kv_last_page_len_ptr + offs, mask=inside, other=0, cache_modifier=CACHE)
+            if start == 0:  # after the loads above have been sent, so that the latency is paid once
+                share = gl.cdiv(pages.to(gl.int64) * PAGE_SIZE, num_splits * batch_size).to(gl.int32)
+                share = gl.maximum(gl.cdiv(share, BLOCK_N), 1) * BLOCK_N
+            n = gl.where(n > 0, (n - 1) * PAGE_SIZE + last_page_len, 0)
+            count = gl.where(inside, gl.maximum(gl.cdiv(n, share), 1), 0)  # an empty sequence has one: it writes zeros
+            end = total + gl.associative_scan(count, 0, add)
+            hit = (end - count <= item) & (item < end)
+            b += pick(hit, offs)
+            first_item += pick(hit, end - count)
+            first_page += pick(hit, first)
+            kv_len += pick(hit, n)
+            shares += pick(hit, count)
+            total += gl.sum(count, 0)
+        found = shares > 0
+    tile = (item - first_item) * (share // BLOCK_N)
+    tiles = gl.maximum(gl.minimum(share // BLOCK_N, gl.cdiv(kv_len, BLOCK_N) - tile), 0)
+    return first_page, kv_len, tile, tiles, b, kv_len <= share, found & ((tiles > 0) | (item == first_item))
+
+
+# ---- the producer
+
+
+@gluon.jit
+def prefetch_rows(pointers, size, wanted):
+    """Ask for `size` bytes at each address that is wanted to be brought into L2."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $3; }",
+        "=r,l,r,r", [pointers.to(gl.int64), size, wanted.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def prefetch(
+    pool, k_strides, v_strides, batch, D: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr,
+):  # fmt: skip
+    """Bring the first PREFETCH tokens of this program's share into L2, as far as the page table can be known yet.
+
+    RUN tokens of a page lie side by side and are asked for at once.
+    """
+    k_ptr, v_ptr, k_row_stride, v_row_stride, kv_indices_ptr, num_indices, num_pages = pool
+    k_page_rows, k_head_rows, k_head_columns = k_strides
+    v_page_rows, v_head_rows, v_head_columns = v_strides
+    head = gl.program_id(0).to(gl.int64)
+    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L2)
+    end = gl.minimum(kv_len, (tile + tiles) * BLOCK_N)
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    for start in range(0, PREFETCH, 32 * RUN):
+        token = start + lane * RUN
+        wanted = (token < PREFETCH) & (num_indices > 0)
+        token += tile * BLOCK_N
+        wanted = wanted & (token >= 0) & (token < end)
+        index = gl.minimum(gl.maximum(first_page + token // PAGE_SIZE, 0), num_indices - 1)
+        page = gl.load(kv_indices_ptr + index, mask=wanted, other=0, cache_modifier=L2)
+        page = gl.minimum(gl.maximum(page, 0), num_pages - 1).to(gl.int64)
+        row = token % PAGE_SIZE
+        k_row = page * k_page_rows + head * k_head_rows + row
+        v_row = page * v_page_rows + head * v_head_rows + row
+        size: gl.constexpr = RUN * D * k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_rows(k_ptr + k_row * k_row_stride + head * k_head_columns, size, wanted)
+        prefetch_rows(v_ptr + v_row * v_row_stride + head * v_head_columns, size, wanted)
+
+
+@gluon.jit
+def page_ids(kv_indices_ptr, first_page, kv_len, first_box, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
+    """The page ids of 32 boxes, one a lane. Past the sequence's end they repeat its last one."""
+    box = first_box + gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    page = gl.minimum(box * BOX, gl.maximum(kv_len - 1, 0)) // PAGE_SIZE
+    return gl.load(kv_indices_ptr + first_page + page, mask=(box >= 0) & (kv_len > 0), other=0)
+
+
+@gluon.jit
+def produce(
+    k_desc, v_desc, k_strides, v_strides, pool, batch, ring, full, empty, hinted,
+    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: every tile of this program's share into the ring."""
+    STAGES: gl.constexpr = full.shape[0]
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    BOX: gl.constexpr = k_desc.block_type.shape[0]
+    BOXES: gl.constexpr = BLOCK_N // BOX  # a tile
+    AHEAD: gl.constexpr = 32 // BOXES  # tiles whose page ids one load brings
+    if PREFETCH > 0:
+        if gl.program_id(1) * gl.num_programs(0) + gl.program_id(0) < hinted:
+            prefetch(pool, k_strides, v_strides, batch, ring.shape[2], PAGE_SIZE, BLOCK_N, BLOCK_B, PREFETCH, RUN)
+    gdc_wait()
+    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L1)
+    kv_indices_ptr = pool[4]
+    k_page_rows, k_head_rows, k_head_columns = k_strides
+    v_page_rows, v_head_rows, v_head_columns = v_strides
+    head = gl.program_id(0)
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    ids = page_ids(kv_indices_ptr, first_page, kv_len, tile * BOXES, PAGE_SIZE, BOX)
+    g = gl.to_tensor(0)  # tiles so far
+    for start in range(0, tiles, AHEAD):
+        these = ids
+        ids = page_ids(kv_indices_ptr, first_page, kv_len, (tile + start + AHEAD) * BOXES, PAGE_SIZE, BOX)  # while TMA runs
+        for t in range(gl.minimum(AHEAD, tiles - start)):
+            stage = g % STAGES
+            mbarrier.wait(empty.index(stage), ((g // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * BOXES * k_desc.block_type.nbytes)
+            page_row = (tile + g) * BLOCK_N % PAGE_SIZE  # the first one but where a page is larger than the tile
+            for i in gl.static_range(BOXES):
+                page = pick(lane == t * BOXES + i, these)
+                k_row = page * k_page_rows + head * k_head_rows + page_row
+                v_row = page * v_page_rows + head * v_head_rows + page_row
+                k_box = ring.index(2 * stage).slice(i * BOX, BOX, 0)
+                v_box = ring.index(2 * stage + 1).slice(i * BOX, BOX, 0)
+                tma.async_copy_global_to_shared(k_desc, [k_row, head * k_head_columns], full.index(stage), k_box)
+                tma.async_copy_global_to_shared(v_desc, [v_row, head * v_head_columns], full.index(stage), v_box)
+            g += 1
+
+
+# ---- the consumers
+
+
+@gluon.jit
+def clear_tail(v, rows):
+    """Zeros into the tile's rows from `rows` on: they may hold a NaN, which a weight of 0 would not silence."""
+    STEP: gl.constexpr = 8  # rows: what a swizzled tile can be sliced by, and few registers
+    D: gl.constexpr = v.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    for i in gl.static_range(v.shape[0] // STEP):
+        if (i + 1) * STEP > rows:
+            part = v.slice(i * STEP, STEP, 0)
+            x = part.load(layout)
+            row = i * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
+            part.store(gl.where((row < rows)[:, None], x, 0.0).to(x.dtype))
+    fence_async_shared()
+
+
+@gluon.jit
+def attend(
+    q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh,
+    GROUP: gl.constexpr, Q_LEN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Attention over the share's tiles, of which `valid` tokens are left in the sequence. Each warp its own tokens of a tile.
+
+    Returns acc [warps, rows, D], its maximum m and sum l in base 2 [warps, rows].
+    """
+    STAGES: gl.constexpr = full.shape[0]
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    D: gl.constexpr = ring.shape[2]
+    PART: gl.constexpr = BLOCK_N // WARPS  # tokens of a tile that are a warp's
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, ROWS_M, 8])
+    LA: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    LB: gl.constexpr = gl.DotOperandLayout(1, L, 2)
+
+    row = gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, LA)))[None, :, None]
+    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LA)))[None, None, :]
+    row = gl.zeros([WARPS, ROWS_M, D], gl.int32, LA) + row
+    q = gl.load(q_ptr + ((row // GROUP) * stride_qt + (row % GROUP) * stride_qh + column), mask=row < GROUP * Q_LEN, other=0.0)
+    if D > 128:  # from there every tile takes it: q and acc together exceed the registers
+        q_tile = gl.allocate_shared_memory(ring.dtype, [WARPS, ROWS_M, D], gl.SwizzledSharedLayout(8, 1, 8, order=[2, 1, 0]), q)
+
+    warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    key = gl.arange(0, PART, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :] + warp * PART
+    if Q_LEN > 1:  # bottom-right aligned: a query sees as many keys less as there are queries after it
+        key = key + (Q_LEN - 1 - gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, L))) // GROUP)[None, :, None]
+
+    g = gl.to_tensor(0)
+    m = gl.full([WARPS, ROWS_M], float("-inf"), gl.float32, gl.SliceLayout(2, L))
+    l = gl.zeros([WARPS, ROWS_M], gl.float32, gl.SliceLayout(2, L))
+    acc = gl.zeros([WARPS, ROWS_M, D], gl.float32, L)
+    for _ in range(tiles):
+        stage = g % STAGES
+        k_tile = ring.index(2 * stage)
+        v_tile = ring.index(2 * stage + 1)
+        mbarrier.wait(full.index(stage), (g // STAGES) & 1)
+        if D > 128:
+            q = q_tile.load(LA)
+        k = k_tile.reshape([WARPS, PART, D]).permute((0, 2, 1)).load(LB)
+        s = mma_v2(q, k, gl.zeros([WARPS, ROWS_M, PART], gl.float32, L))
+        s = gl.where(key < valid, s, float("-inf"))
+        m_new = gl.maximum(m, gl.max(s, 2) * exponent)
+        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+        p = gl.exp2(s * exponent - shift[:, :, None])
+        alpha = gl.exp2(m - shift)
+        l = l * alpha + gl.sum(p, 2)
+        acc = acc * alpha[:, :, None]
+        m = m_new
+        if valid < BLOCK_N:
+            clear_tail(v_tile, valid)
+        v = v_tile.reshape([WARPS, PART, D]).load(LB)
+        mbarrier.arrive(empty.index(stage), count=1)
+        acc = mma_v2(gl.convert_layout(p.to(ring.dtype), LA), v, acc)
+        valid -= BLOCK_N
+        g += 1
+    return acc, m, l
+
+
+@gluon.jit
+def merge(acc, m, l, meet, meet_ml, LO: gl.constexpr):
+    """The warps' states as one: o [rows, D] not yet divided by l, m and l [rows], in slices of the layout LO."""
+    ML: gl.constexpr = gl.SliceLayout(2, LO)  # a thread holds all warps' values of its rows
+    R: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, LO))
+    meet.store(acc)
+    meet_ml.index(0).store(m)
+    meet_ml.index(1).store(l)
+    m = meet_ml.index(0).load(ML)
+    top = gl.max(m, 0)
+    weight = gl.exp2(m - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
+    l = gl.sum(meet_ml.index(1).load(ML) * weight, 0)
+    o = gl.sum(meet.load(LO) * weight[:, :, None], 0)
+    return o, gl.convert_layout(top, R, assert_trivial=True), gl.convert_layout(l, R, assert_trivial=True)
+
+
+@gluon.jit
+def consume(
+    q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, GROUP: gl.constexpr, Q_LEN: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, HAS_LSE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The consumer warps: the share's attention, to the output where it is the whole sequence, else to a partial."""
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr = results
+    stride_qt, stride_qh, stride_ot, stride_oh = strides
+    BLOCK_N: gl.constexpr = ring.shape[1]
+    D: gl.constexpr = ring.shape[2]
+    ROWS: gl.constexpr = GROUP * Q_LEN  # row = query token * GROUP + head within the group
+    LO: gl.constexpr = gl.BlockedLayout(
+        [WARPS, 1, 4], [1, 128 // D if D < 128 else 1, D // 4 if D < 128 else 32], [1, WARPS, 1], [2, 1, 0]
+    )
+    gdc_wait()
+    _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L1)
+    if found:
+        first_token = b.to(gl.int64) * Q_LEN
+        first_head = gl.program_id(0).to(gl.int64) * GROUP
+        q_ptr += first_token * stride_qt + first_head * stride_qh
+        valid = kv_len - tile * BLOCK_N
+        acc, m, l = attend(q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh, GROUP, Q_LEN, WARPS)
+        o, m, l = merge(acc, m, l, meet, meet_ml, LO)
+        rows = gl.arange(0, ROWS_M, gl.SliceLayout(1, gl.SliceLayout(0, LO)))
+        columns = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(0, LO)))
+        inside = rows < ROWS
+        o = o / gl.where(l == 0.0, 1.0, l)[:, None]
+        if alone:
+            tokens = first_token + rows // GROUP
+            heads = first_head + rows % GROUP
+            pointers = out_ptr + (tokens * stride_ot + heads * stride_oh)[:, None] + columns[None, :]
+            gl.store(pointers, (o * v_scale).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+            if HAS_LSE:
+                lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
+                gl.store(lse_ptr + tokens * (gl.num_programs(0) * GROUP) + heads, lse, mask=inside)
+        else:
+            # partials: [shares, kv_heads, ROWS, D] fp32, and their log-sum-exp in base 2 [shares, kv_heads, ROWS]
+            slot = (gl.program_id(1).to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * ROWS + rows
+            lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l))
+            gl.store(partial_ptr + slot[:, None] * D + columns[None, :], o, mask=inside[:, None])
+            gl.store(partial_lse_ptr + slot, lse, mask=inside)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size", "num_splits", "early", "hinted", "num_indices", "num_pages",
+        "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
+    ],
+    do_not_specialize_on_alignment=["kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
+)  # fmt: skip
+def decode_split_hopper(
+    q_ptr, k_desc, v_desc, k_ptr, v_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sm_scale, v_scale, batch_size, num_splits,
+    early, hinted, num_indices, num_pages,
+    k_row_stride, k_page_rows, k_head_rows, k_head_columns, v_row_stride, v_page_rows, v_head_rows, v_head_columns,
+    stride_qt, stride_qh, stride_ot, stride_oh,
+    GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Stage 1. Grid (kv_heads, shares). GROUP * Q_LEN is at most 16."""
+    WARPS: gl.constexpr = gl.num_warps()
+    D: gl.constexpr = k_desc.block_type.shape[1]
+    # K tile of stage s at 2 s, V tile at 2 s + 1; a barrier says full or empty for both.
+    ring = gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, BLOCK_N, D], k_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    # The ring is idle once the last tile has been read, so the warps' states meet in it.
+    meet = ring._reinterpret(gl.float32, [WARPS, ROWS_M, D], gl.SwizzledSharedLayout(4, 1, 8, order=[2, 1, 0]))
+    meet_ml = gl.allocate_shared_memory(gl.float32, [2, WARPS, ROWS_M], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+    HAS_LSE: gl.constexpr = lse_ptr is not None
+    if not HAS_LSE:
+        lse_ptr = partial_lse_ptr  # a partition takes no None
+    if early:
+        gdc_launch_dependents()  # what comes next may take its place as soon as this stage's last program has taken one
+    batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
+    results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr)
+    strides = (stride_qt, stride_qh, stride_ot, stride_oh)
+    pool = (k_ptr, v_ptr, k_row_stride, v_row_stride, kv_indices_ptr, num_indices, num_pages)
+    k_strides = (k_page_rows, k_head_rows, k_head_columns)
+    v_strides = (v_page_rows, v_head_rows, v_head_columns)
+    exponent = sm_scale * LOG2E
+    gl.warp_specialize(
+        [
+            (consume, (q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml,
+                       GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, HAS_LSE, WARPS)),
+            (produce, (k_desc, v_desc, k_strides, v_strides, pool, batch, ring, full, empty, hinted,
+                       PAGE_SIZE, BLOCK_B, PREFETCH, RUN)),
+        ],
+        [1], [PRODUCER_REGISTERS],
+    )  # fmt: skip

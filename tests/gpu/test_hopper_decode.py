@@ -1,0 +1,154 @@
+"""The template "decode_hopper" on a Hopper: the properties of the plain template's tests, for every ring and its own edges."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from paged import assert_close, assert_lse_close, cases, check_decode
+from real import Buffers, Real, ragged
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+import patune
+from patune.kernels import decode_hopper_jit as jit
+from patune.kernels import ops
+from patune.kernels.decode_hopper import TEMPLATE
+from patune.tuner.space import valid_points
+from patune.workload import Key, Workload
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "8x8k d128 p16 g4": Real((8192,) * 8),
+    "one sequence": Real((5000,)),
+    "one short sequence": Real((40,)),
+    "64 ragged p64": Real(ragged(64, 2000), page_size=64),
+    "128k d64 g8": Real((131072,), head_dim=64, group=8),
+    "200 sequences g8 NHD": Real(tuple(37 * i % 1000 for i in range(200)), group=8, kv_heads=2, layout="NHD"),
+    "MHA": Real((4096, 1, 4095, 4097), group=1, kv_heads=32),
+    "group 7, p256": Real(ragged(16, 3000, 1), group=7, kv_heads=4, page_size=256),
+    "d256 p64 g8 pair": Real(ragged(8, 3000, 4), head_dim=256, page_size=64, group=8, kv_heads=2, pair=True),
+    "p8 NHD pair fp16 strided q": Real(
+        ragged(8, 1500, 5), page_size=8, layout="NHD", pair=True, dtype=torch.float16, strided_q=True
+    ),
+    "empty sequences": Real((0, 5000, 0, 1, 0, 900, 0, 0)),
+    "nothing but empty sequences": Real((0, 0)),
+    "2 tokens a sequence": Real((2, 4000, 3999), 2),
+    "4 tokens a sequence": Real((4, 4000, 3999, 65), 4, kv_heads=2),
+    "float scales": Real((300, 1000), options=(("k_scale", 0.5), ("v_scale", 2.0))),
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper(gpu):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def points(case: Real) -> list[dict[str, int]]:
+    """Every ring and prefetch, in one piece and in 7."""
+    key = Key(TEMPLATE.name, "", 132, case.head_dim, case.page_size, case.group)
+    return [p for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1] + [
+        p | {"num_splits": 7} for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1
+    ]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_ring_equals_the_reference(case):
+    """Output and lse, from a poisoned output, twice: stale rows and pages are full of NaN."""
+    b = Buffers(case)
+    want, want_lse = b.reference()
+    q_len = case.q_lens if isinstance(case.q_lens, int) else 1
+    for config in points(case):
+        call = partial(patune.paged_decode, b.q, b.kv_cache, *b.table, q_len_per_seq=q_len, config=config)
+        for _ in range(2):
+            got, lse = call(out=b.poisoned(), return_lse=True, **b.options)
+            assert_close(got, want, b.limit)
+            assert_lse_close(lse, want_lse, b.limit)
+
+
+@settings(max_examples=60)
+@given(cases(dtypes=("bfloat16", "float16")))
+def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
+    extras = case.window or case.soft_cap or case.sinks or case.scales or case.kv_dtype
+    assume(not extras and case.head_dim in (64, 128, 256) and case.page_size in (8, 16, 32, 64, 128, 256))
+    assume(case.group * case.q_lens[0] <= 16)
+    check_decode(case, "cuda", BLOCK_N=64, num_stages=3, prefetch=64, num_splits=3)
+
+
+def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
+    launched = []
+    run = ops.run
+    monkeypatch.setattr(ops, "run", lambda launches, tensor: (launched.extend(launches), run(launches, tensor)))
+    b = Buffers(Real((4096,)))
+    config = TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(1, 4096))
+    call = partial(patune.paged_decode, b.q, b.kv_cache, *b.table, config=config)
+    assert_close(call(), b.reference()[0], b.limit)
+    assert [launch.fn.__name__ for launch in launched] == ["decode_split_hopper", "decode_reduce"]
+    for options in (dict(sliding_window=100), dict(deterministic=True)):
+        with pytest.raises(ValueError, match=r"config: is of the kernel for Hopper, which does not serve this call"):
+            call(**options)
+
+
+@pytest.mark.parametrize("prefetch", TEMPLATE.tunables["prefetch"])
+def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_one(prefetch):
+    """Between two calls of a graph the page table changes, so the second one's prefetch has read a stale or a half-written one."""
+    b = Buffers(Real((2000, 2000, 2000)))
+    b.kv_cache.nan_to_num_(0.5)
+    config = dict(BLOCK_N=64, num_stages=3, prefetch=prefetch, num_splits=4)
+    outs = [b.poisoned(), b.poisoned()]
+    others = [torch.empty_like(x) for x in b.table]
+    call = partial(patune.paged_decode, b.q, b.kv_cache, config=config)
+
+    def both():
+        call(*b.table, out=outs[0])
+        for x, y in zip(others, b.table, strict=True):
+            x.copy_(y.flip(0) if x is others[0] else y)
+        call(*others, out=outs[1])
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    for kv_lens in ((2000, 2000, 2000), (1, 1999, 65), (0, 700, 0), (300, 0, 2000)):
+        pages = [-(-n // 16) for n in kv_lens]
+        b.kv_indptr.copy_(torch.tensor([0, pages[0], sum(pages[:2]), sum(pages)]))
+        b.kv_last_page_len.copy_(torch.tensor([n - (p - 1) * 16 if p else 0 for n, p in zip(kv_lens, pages, strict=True)]))
+        for x in others:
+            x.random_(-(2**31), 2**31 - 1)
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert_close(outs[0], b.reference()[0], b.limit)
+        assert_close(outs[1], patune.reference_paged_attention(b.q, b.kv_cache, b.qo_indptr, *others), b.limit)
+
+
+@gluon.jit
+def prefetch_alone(
+    k_ptr, v_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, num_indices, num_pages, batch_size, num_splits,
+    D: gl.constexpr, PAGE_SIZE: gl.constexpr, RUN: gl.constexpr,
+):  # fmt: skip
+    pool = (k_ptr, v_ptr, D, D, kv_indices_ptr, num_indices, num_pages)
+    batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
+    page_rows: gl.constexpr = 4 * PAGE_SIZE  # [page, K or V, 2 heads, row]
+    jit.prefetch(pool, (page_rows, PAGE_SIZE, 0), (page_rows, PAGE_SIZE, 0), batch, D, PAGE_SIZE, 64, 32, 256, RUN)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("run", [1, 16])
+def test_a_page_table_of_garbage_prefetches_nothing_outside_of_the_pool(batch_size, run):
+    """An address outside of any allocation would end the CUDA context; the pool is small and all of a large table is random."""
+    kv = torch.zeros(5, 2, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
+    for seed in range(20):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        garbage = [torch.empty(n, dtype=torch.int32, device="cuda") for n in (7, batch_size + 1, batch_size)]
+        for x in garbage:
+            x.random_(-(2**31), 2**31 - 1, generator=generator)
+            if seed % 2:
+                x.fill_(x[0].item() >> seed)
+        for num_splits in (1, 4):
+            grid = (2, num_splits * batch_size + batch_size - 1)
+            prefetch_alone[grid](kv, kv[:, 1], *garbage, 7, 5, batch_size, num_splits, 128, 16, run, num_warps=1)
+    torch.cuda.synchronize()
