@@ -39,7 +39,6 @@ def main() -> None:
             "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
             "wgmma": ptx.count("wgmma.mma_async"),
             "boxes": ptx.count("cp.async.bulk.tensor"),
-            "prefetches": ptx.count("cp.async.bulk.prefetch.L2"),
         },
         sys.stdout,
     )

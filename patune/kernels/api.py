@@ -326,7 +326,7 @@ def _values(template: Template, config: Values | None) -> list[int] | None:
         raise bad("config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}")
     if missing:
         raise bad("config", f"lacks {', '.join(sorted(missing))}")
-    for name, (least, *_) in template.tunables.items():
-        if config[name] < min(least, 1):
-            raise bad("config", f"{name} must be at least {min(least, 1)}")
+    wrong = [name for name in template.tunables if config[name] < 1]
+    if wrong:
+        raise bad("config", f"{', '.join(wrong)} must be at least 1")
     return [int(config[name]) for name in template.tunables]

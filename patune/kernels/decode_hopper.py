@@ -12,7 +12,6 @@ from . import decode
 from . import decode_hopper_jit as jit
 from .cache import PagedCache
 from .defaults import SPLITS, default_config, query_of
-from .device import device_of
 from .problem import AttentionProblem
 from .registry import candidates
 from .template import Launch, Template, Values
@@ -26,11 +25,10 @@ BESIDE_BYTES = 2048  # a program: barriers, maxima and sums, and what the driver
 TUNABLES = {
     "BLOCK_N": (64, 128),  # KV tokens a tile
     "num_stages": (2, 3, 4, 5, 6),  # tiles in the ring: also how many programs an SM holds, see programs_an_sm()
-    "prefetch": (0, 64, 256),  # KV tokens that are brought into L2 before the kernel ahead has ended
     "num_splits": SPLITS,  # mean shares a sequence
 }
 JIT_FUNCTIONS = (
-    *decode.JIT_FUNCTIONS, jit.add, jit.pick, jit.find_share, jit.prefetch_rows, jit.prefetch, jit.page_ids, jit.produce,
+    *decode.JIT_FUNCTIONS, jit.add, jit.pick, jit.find_share, jit.page_ids, jit.produce,
     jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.decode_split_hopper,
 )  # fmt: skip
 _SHARED = (
@@ -84,21 +82,15 @@ def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *, sm_scale, q_len=1, v_factor=1.0
 ) -> list[Launch]:
     """The launches of one decode that `serves` takes; arguments as in decode.launches."""
-    block_n, stages, prefetch = config["BLOCK_N"], config["num_stages"], config["prefetch"]
+    block_n, stages = config["BLOCK_N"], config["num_stages"]
     plain, *reduce = decode.launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, dict(config, num_warps=4), sm_scale=sm_scale, q_len=q_len,
         v_factor=v_factor,
     )  # fmt: skip
     programs = programs_an_sm(block_n, stages, cache.head_dim)
-    run = min(cache.page_size, block_n, max(1, prefetch))  # tokens
-    if cache.k_strides[2] != cache.head_dim or cache.v_strides[2] != cache.head_dim:
-        run = 1
     split = Launch(jit.decode_split_hopper, plain.grid, dict(
         {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n),
-        k_ptr=cache.k, v_ptr=cache.v, k_row_stride=cache.k_strides[2], v_row_stride=cache.v_strides[2],
-        num_indices=kv_indices.shape[0], num_pages=cache.k.shape[0],
-        early=int(config["num_splits"] > 1), hinted=device_of(q).sm_count * programs,
-        STAGES=stages, PREFETCH=prefetch, RUN=run, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        STAGES=stages, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4, maxnreg=REGISTERS[programs], launch_pdl=True,
     ))  # fmt: skip
     return [split, *reduce]

@@ -4,10 +4,6 @@ Grid, cut into shares, partials and results are those of the plain template's st
 producer warp, which finds the share and streams its KV tiles by TMA into a ring in shared memory, one box a page, and consumer
 warps, which own a part of every tile's tokens each, with an online softmax of their own: one batched MMA, the batch over warps.
 Nothing crosses warps until the share ends; then their states are merged through the idle ring.
-
-Before the kernel ahead has ended (gdc_wait), the producer reads the page table as a hint and asks for the first KV bytes of its
-share to be brought into L2. The table may be half written then: nothing but the prefetch's addresses depends on what is read, they
-are clamped into the pool, and the loads stay out of L1, so that the table is read anew afterwards.
 """
 
 from triton.experimental import gluon
@@ -20,8 +16,6 @@ from .decode import own_share_size
 
 LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
 ROWS_M = gl.constexpr(16)  # rows of the MMA tile: the queries of a group, padded
-L1 = gl.constexpr("")  # how a load is cached
-L2 = gl.constexpr(".cg")
 
 
 # ---- which share is this program's
@@ -38,7 +32,7 @@ def pick(hit, x):
 
 
 @gluon.jit
-def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr, CACHE: gl.constexpr):
+def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr):
     """This program's share: (its sequence's first page and KV tokens, its first tile, its tiles, the sequence, whether it is all of
     it, whether there is a share).
 
@@ -49,17 +43,17 @@ def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: g
     b = item // num_splits
     first_item = b * num_splits
     found = item >= 0
-    first_page = gl.load(kv_indptr_ptr, cache_modifier=CACHE)
+    first_page = gl.load(kv_indptr_ptr)
     if (num_splits == 1) | (batch_size == 1):
-        first_page = gl.load(kv_indptr_ptr + b, cache_modifier=CACHE)
-        pages = gl.load(kv_indptr_ptr + b + 1, cache_modifier=CACHE) - first_page
-        last_page_len = gl.load(kv_last_page_len_ptr + b, cache_modifier=CACHE)
+        first_page = gl.load(kv_indptr_ptr + b)
+        pages = gl.load(kv_indptr_ptr + b + 1) - first_page
+        last_page_len = gl.load(kv_last_page_len_ptr + b)
         kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last_page_len, 0)
         share = own_share_size(kv_len, num_splits, 1, BLOCK_N)
     else:
         # Every warp looks at the whole batch and none waits for another.
         layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [gl.num_warps()], [0])
-        pages = gl.load(kv_indptr_ptr + batch_size, cache_modifier=CACHE) - first_page
+        pages = gl.load(kv_indptr_ptr + batch_size) - first_page
         share = pages
         b = item * 0
         first_item = b
@@ -70,9 +64,9 @@ def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: g
         for start in range(0, batch_size, BLOCK_B):
             offs = start + gl.arange(0, BLOCK_B, layout)
             inside = offs < batch_size
-            first = gl.load(kv_indptr_ptr + offs, mask=inside, other=0, cache_modifier=CACHE)
-            n = gl.load(kv_indptr_ptr + offs + 1, mask=inside, other=0, cache_modifier=CACHE) - first
-            last_page_len = gl.load(kv_last_page_len_ptr + offs, mask=inside, other=0, cache_modifier=CACHE)
+            first = gl.load(kv_indptr_ptr + offs, mask=inside, other=0)
+            n = gl.load(kv_indptr_ptr + offs + 1, mask=inside, other=0) - first
+            last_page_len = gl.load(kv_last_page_len_ptr + offs, mask=inside, other=0)
             if start == 0:  # after the loads above have been sent, so that the latency is paid once
                 share = gl.cdiv(pages.to(gl.int64) * PAGE_SIZE, num_splits * batch_size).to(gl.int32)
                 share = gl.maximum(gl.cdiv(share, BLOCK_N), 1) * BLOCK_N
@@ -96,47 +90,6 @@ def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: g
 
 
 @gluon.jit
-def prefetch_rows(pointers, size, wanted):
-    """Ask for `size` bytes at each address that is wanted to be brought into L2."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, $3; }",
-        "=r,l,r,r", [pointers.to(gl.int64), size, wanted.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def prefetch(
-    pool, k_strides, v_strides, batch, D: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr,
-):  # fmt: skip
-    """Bring the first PREFETCH tokens of this program's share into L2, as far as the page table can be known yet.
-
-    RUN tokens of a page lie side by side and are asked for at once.
-    """
-    k_ptr, v_ptr, k_row_stride, v_row_stride, kv_indices_ptr, num_indices, num_pages = pool
-    k_page_rows, k_head_rows, k_head_columns = k_strides
-    v_page_rows, v_head_rows, v_head_columns = v_strides
-    head = gl.program_id(0).to(gl.int64)
-    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L2)
-    end = gl.minimum(kv_len, (tile + tiles) * BLOCK_N)
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    for start in range(0, PREFETCH, 32 * RUN):
-        token = start + lane * RUN
-        wanted = (token < PREFETCH) & (num_indices > 0)
-        token += tile * BLOCK_N
-        wanted = wanted & (token >= 0) & (token < end)
-        index = gl.minimum(gl.maximum(first_page + token // PAGE_SIZE, 0), num_indices - 1)
-        page = gl.load(kv_indices_ptr + index, mask=wanted, other=0, cache_modifier=L2)
-        page = gl.minimum(gl.maximum(page, 0), num_pages - 1).to(gl.int64)
-        row = token % PAGE_SIZE
-        k_row = page * k_page_rows + head * k_head_rows + row
-        v_row = page * v_page_rows + head * v_head_rows + row
-        size: gl.constexpr = RUN * D * k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        prefetch_rows(k_ptr + k_row * k_row_stride + head * k_head_columns, size, wanted)
-        prefetch_rows(v_ptr + v_row * v_row_stride + head * v_head_columns, size, wanted)
-
-
-@gluon.jit
 def page_ids(kv_indices_ptr, first_page, kv_len, first_box, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr):
     """The page ids of 32 boxes, one a lane. Past the sequence's end they repeat its last one."""
     box = first_box + gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -146,8 +99,8 @@ def page_ids(kv_indices_ptr, first_page, kv_len, first_box, PAGE_SIZE: gl.conste
 
 @gluon.jit
 def produce(
-    k_desc, v_desc, k_strides, v_strides, pool, batch, ring, full, empty, hinted,
-    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr,
+    k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
+    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: every tile of this program's share into the ring."""
     STAGES: gl.constexpr = full.shape[0]
@@ -155,12 +108,8 @@ def produce(
     BOX: gl.constexpr = k_desc.block_type.shape[0]
     BOXES: gl.constexpr = BLOCK_N // BOX  # a tile
     AHEAD: gl.constexpr = 32 // BOXES  # tiles whose page ids one load brings
-    if PREFETCH > 0:
-        if gl.program_id(1) * gl.num_programs(0) + gl.program_id(0) < hinted:
-            prefetch(pool, k_strides, v_strides, batch, ring.shape[2], PAGE_SIZE, BLOCK_N, BLOCK_B, PREFETCH, RUN)
     gdc_wait()
-    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L1)
-    kv_indices_ptr = pool[4]
+    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B)
     k_page_rows, k_head_rows, k_head_columns = k_strides
     v_page_rows, v_head_rows, v_head_columns = v_strides
     head = gl.program_id(0)
@@ -295,7 +244,7 @@ def consume(
         [WARPS, 1, 4], [1, 128 // D if D < 128 else 1, D // 4 if D < 128 else 32], [1, WARPS, 1], [2, 1, 0]
     )
     gdc_wait()
-    _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, L1)
+    _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B)
     if found:
         first_token = b.to(gl.int64) * Q_LEN
         first_head = gl.program_id(0).to(gl.int64) * GROUP
@@ -325,19 +274,17 @@ def consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "batch_size", "num_splits", "early", "hinted", "num_indices", "num_pages",
-        "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
+        "batch_size", "num_splits", "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
     ],
     do_not_specialize_on_alignment=["kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def decode_split_hopper(
-    q_ptr, k_desc, v_desc, k_ptr, v_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
+    q_ptr, k_desc, v_desc, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sm_scale, v_scale, batch_size, num_splits,
-    early, hinted, num_indices, num_pages,
-    k_row_stride, k_page_rows, k_head_rows, k_head_columns, v_row_stride, v_page_rows, v_head_rows, v_head_columns,
+    k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     stride_qt, stride_qh, stride_ot, stride_oh,
     GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_B: gl.constexpr, PREFETCH: gl.constexpr, RUN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BLOCK_B: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Stage 1. Grid (kv_heads, shares). GROUP * Q_LEN is at most 16."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -355,12 +302,11 @@ def decode_split_hopper(
     HAS_LSE: gl.constexpr = lse_ptr is not None
     if not HAS_LSE:
         lse_ptr = partial_lse_ptr  # a partition takes no None
-    if early:
-        gdc_launch_dependents()  # what comes next may take its place as soon as this stage's last program has taken one
+    # What comes next, stage 2 or another kernel, may take its place as soon as the last program of this stage has taken one.
+    gdc_launch_dependents()
     batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
     results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr)
     strides = (stride_qt, stride_qh, stride_ot, stride_oh)
-    pool = (k_ptr, v_ptr, k_row_stride, v_row_stride, kv_indices_ptr, num_indices, num_pages)
     k_strides = (k_page_rows, k_head_rows, k_head_columns)
     v_strides = (v_page_rows, v_head_rows, v_head_columns)
     exponent = sm_scale * LOG2E
@@ -368,8 +314,7 @@ def decode_split_hopper(
         [
             (consume, (q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml,
                        GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, HAS_LSE, WARPS)),
-            (produce, (k_desc, v_desc, k_strides, v_strides, pool, batch, ring, full, empty, hinted,
-                       PAGE_SIZE, BLOCK_B, PREFETCH, RUN)),
+            (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty, PAGE_SIZE, BLOCK_B)),
         ],
         [1], [PRODUCER_REGISTERS],
     )  # fmt: skip

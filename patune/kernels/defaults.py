@@ -22,7 +22,7 @@ def default_config(query: dict) -> dict:
         return {"BLOCK_M": 32 if huge else 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}
     if query["kernel"] == "decode_hopper":  # two programs an SM, one with head_dim 256
         splits = fit_splits((1 if large else 2) * (query["sm_count"] or 132), query)
-        return {"BLOCK_N": 64, "num_stages": 3, "prefetch": 0, "num_splits": splits}
+        return {"BLOCK_N": 64, "num_stages": 3, "num_splits": splits}
     # 2 programs an SM: 4% behind the best of an H100's landscape (d128, page 16, group 4, geometric mean), 14% at most.
     splits = fit_splits(2 * (query["sm_count"] or 132), query)
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}

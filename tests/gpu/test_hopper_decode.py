@@ -7,11 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from paged import assert_close, assert_lse_close, cases, check_decode
 from real import Buffers, Real, ragged
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
 import patune
-from patune.kernels import decode_hopper_jit as jit
 from patune.kernels import ops
 from patune.kernels.decode_hopper import TEMPLATE
 from patune.tuner.space import valid_points
@@ -47,7 +44,7 @@ def hopper(gpu):
 
 
 def points(case: Real) -> list[dict[str, int]]:
-    """Every ring and prefetch, in one piece and in 7."""
+    """Every ring, in one piece and in 7."""
     key = Key(TEMPLATE.name, "", 132, case.head_dim, case.page_size, case.group)
     return [p for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1] + [
         p | {"num_splits": 7} for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1
@@ -74,7 +71,7 @@ def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
     extras = case.window or case.soft_cap or case.sinks or case.scales or case.kv_dtype
     assume(not extras and case.head_dim in (64, 128, 256) and case.page_size in (8, 16, 32, 64, 128, 256))
     assume(case.group * case.q_lens[0] <= 16)
-    check_decode(case, "cuda", BLOCK_N=64, num_stages=3, prefetch=64, num_splits=3)
+    check_decode(case, "cuda", BLOCK_N=64, num_stages=3, num_splits=3)
 
 
 def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
@@ -91,12 +88,11 @@ def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_els
             call(**options)
 
 
-@pytest.mark.parametrize("prefetch", TEMPLATE.tunables["prefetch"])
-def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_one(prefetch):
-    """Between two calls of a graph the page table changes, so the second one's prefetch has read a stale or a half-written one."""
+def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_one():
+    """Between two calls of a graph the page table changes; the second one is launched before that has ended."""
     b = Buffers(Real((2000, 2000, 2000)))
     b.kv_cache.nan_to_num_(0.5)
-    config = dict(BLOCK_N=64, num_stages=3, prefetch=prefetch, num_splits=4)
+    config = dict(BLOCK_N=64, num_stages=3, num_splits=4)
     outs = [b.poisoned(), b.poisoned()]
     others = [torch.empty_like(x) for x in b.table]
     call = partial(patune.paged_decode, b.q, b.kv_cache, config=config)
@@ -123,32 +119,3 @@ def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_o
         graph.replay()
         assert_close(outs[0], b.reference()[0], b.limit)
         assert_close(outs[1], patune.reference_paged_attention(b.q, b.kv_cache, b.qo_indptr, *others), b.limit)
-
-
-@gluon.jit
-def prefetch_alone(
-    k_ptr, v_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, num_indices, num_pages, batch_size, num_splits,
-    D: gl.constexpr, PAGE_SIZE: gl.constexpr, RUN: gl.constexpr,
-):  # fmt: skip
-    pool = (k_ptr, v_ptr, D, D, kv_indices_ptr, num_indices, num_pages)
-    batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
-    page_rows: gl.constexpr = 4 * PAGE_SIZE  # [page, K or V, 2 heads, row]
-    jit.prefetch(pool, (page_rows, PAGE_SIZE, 0), (page_rows, PAGE_SIZE, 0), batch, D, PAGE_SIZE, 64, 32, 256, RUN)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-@pytest.mark.parametrize("run", [1, 16])
-def test_a_page_table_of_garbage_prefetches_nothing_outside_of_the_pool(batch_size, run):
-    """An address outside of any allocation would end the CUDA context; the pool is small and all of a large table is random."""
-    kv = torch.zeros(5, 2, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
-    for seed in range(20):
-        generator = torch.Generator("cuda").manual_seed(seed)
-        garbage = [torch.empty(n, dtype=torch.int32, device="cuda") for n in (7, batch_size + 1, batch_size)]
-        for x in garbage:
-            x.random_(-(2**31), 2**31 - 1, generator=generator)
-            if seed % 2:
-                x.fill_(x[0].item() >> seed)
-        for num_splits in (1, 4):
-            grid = (2, num_splits * batch_size + batch_size - 1)
-            prefetch_alone[grid](kv, kv[:, 1], *garbage, 7, 5, batch_size, num_splits, 128, 16, run, num_warps=1)
-    torch.cuda.synchronize()

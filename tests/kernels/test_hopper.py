@@ -26,11 +26,10 @@ from patune.workload import Key, Workload
 BUILDS = [(64, 16, 128, 4, 1, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
 
 
-# The same without the last two: prefetch, and new tokens a sequence. A batch above 32 is walked in chunks.
+# The same without the last two: new tokens a sequence. A batch above 32 is walked in chunks.
 DECODES = [
-    (64, 16, 128, 4, 64, 1), (64, 8, 128, 3, 256, 2), (64, 64, 64, 6, 0, 2), (128, 16, 64, 3, 64, 1), (128, 8, 64, 3, 256, 2),
-    (128, 8, 128, 3, 256, 2), (128, 16, 128, 2, 64, 2), (128, 256, 64, 6, 0, 1), (256, 8, 64, 3, 0, 2),
-    (256, 16, 64, 3, 256, 2), (256, 32, 64, 2, 64, 1),
+    (64, 16, 128, 4, 1), (64, 8, 128, 3, 2), (64, 64, 64, 6, 2), (128, 16, 64, 3, 1), (128, 8, 64, 3, 2), (128, 8, 128, 3, 2),
+    (128, 16, 128, 2, 2), (128, 256, 64, 6, 1), (256, 8, 64, 3, 2), (256, 16, 64, 3, 2), (256, 32, 64, 2, 1),
 ]  # fmt: skip
 
 
@@ -67,19 +66,18 @@ def test_the_prefill_kernel_compiles_to_what_it_was_written_as():
 
 
 def test_the_decode_kernel_compiles_to_what_it_was_written_as():
-    """No spill, registers moved, every tile in whole boxes, prefetches only if asked for, and as many programs an SM as is said."""
+    """No spill, registers moved, every tile in whole boxes, and as many programs an SM as is said."""
 
-    def of(head_dim, page_size, block_n, stages, prefetch, q_len):
-        values = dict(BLOCK_N=block_n, num_stages=stages, prefetch=prefetch, num_splits=4)
+    def of(head_dim, page_size, block_n, stages, q_len):
+        values = dict(BLOCK_N=block_n, num_stages=stages, num_splits=4)
         return build("decode_hopper", Workload(4 if q_len == 1 else 64, 4096, q_len), head_dim, page_size, 8, **values)
 
     with ThreadPoolExecutor(2) as threads:
         built = list(threads.map(lambda values: of(*values), DECODES))
-    for (head_dim, page_size, block_n, stages, prefetch, _), found in zip(DECODES, built, strict=True):
+    for (head_dim, page_size, block_n, stages, _), found in zip(DECODES, built, strict=True):
         assert found["spill_bytes"] == [0, 0]
         assert decode_hopper.PRODUCER_REGISTERS in found["registers"]
         assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) * (head_dim // 64)
-        assert found["prefetches"] == (2 if prefetch else 0)
         programs = decode_hopper.programs_an_sm(block_n, stages, head_dim)
         reserved = 1024  # bytes that the driver keeps of each program's shared memory
         by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + reserved)
