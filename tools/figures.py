@@ -128,6 +128,30 @@ def ablation_table() -> str:
     ])  # fmt: skip
 
 
+def autotune_table() -> str:
+    """The main job beside triton.autotune, which ran for a while only; nothing until that was measured."""
+    path = RESULTS / "autotune.json"
+    if not path.exists():
+        return ""
+    document = json.loads(path.read_text())
+    mine, other = document["patune"], document["triton_autotune"]
+    lines = ["| kernel | to evaluate | triton.autotune evaluated | in | would take, extrapolated |", "|---|--:|--:|--:|--:|"]
+    for name, found in other["kernels"].items():
+        rest_s = found["extrapolated_rest_s"]
+        whole = "unknown" if rest_s is None else f"{found['seconds'] + rest_s:.0f} s"
+        lines.append(f"| {name} | {found['of']} | {found['evaluations']} | {found['seconds']:.0f} s | {whole} |")
+    said = [
+        f"`patune run --gpu h100 --model {document['model']}` took {mine['seconds']:.0f} s for {mine['workloads']} workloads, from "
+        f"an empty Triton cache. triton.autotune finished {other['workloads']} of them in {other['seconds']:.0f} s."
+    ]
+    if ratio := document["extrapolated"]["times_patune"]:
+        said.append(f"For all it would take {ratio:.0f} times as long as patune, extrapolated from its rate.")
+    if quality := document["geomean_us_over_patune"]:
+        said.append(f"Its configs take ×{quality:.3f} of the time of patune's (geometric mean, raced as patune measures).")
+    said.append(f"One {document['gpu']}, triton {document['triton']}, {document['date'][:10]}, commit {document['commit'][:10]}.")
+    return "\n".join([*lines, "", " ".join(said)])
+
+
 def landscape_line() -> str:
     recorded = landscape.load(RESULTS / "landscape.json.gz")
     keys = recorded.keys()
@@ -217,6 +241,7 @@ FIGURES = {
     "run": run_table,
     "search": search_table,
     "ablation": ablation_table,
+    "autotune": autotune_table,
     "landscape": landscape_line,
     "provenance": provenance_lines,
 }

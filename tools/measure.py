@@ -1,6 +1,6 @@
-"""Measure a commit on a GPU host: tests, a race against peers, and the main job twice. Everything lands in one folder.
+"""Measure a commit on a GPU host: tests, races against peers and triton.autotune, the main job twice. It all lands in one folder.
 
-    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests,referee,run]
+    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests,referee,run,autotune]
 
 OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
 own output. A step that fails or runs out of time is named in the provenance, and the others still run.
@@ -29,6 +29,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     run = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--db", str(out / "run.db"), "--json"]
     race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
     # -v: a run that is cut short has named what failed
+    autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
     tests = [sys.executable, "-m", "pytest", "-v", "-rs", "--durations=5", "-p", "no:cacheprovider"]
     parallel = [f"--ignore={PLANTED}", "-n", str(args.workers), "--dist", "worksteal"]
     return {
@@ -42,6 +43,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
         ),
         "run": (run, "run.json", 120),
         "run-again": (run, "run-again.json", 60),
+        "autotune": ([*autotune, "--seconds", "300", "--commit", args.commit], "autotune.txt", 540),
     }
 
 

@@ -1,0 +1,62 @@
+"""triton.autotune gets what `patune run` gets: the same configs, and every launch of a call."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from patune.workload import Workload
+from tests.tuner.templates import KEY, TOY
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+from autotune import Call, TimeIsUp, autotuned, kernel_summary
+
+WORKLOADS = [Workload(1, 64), Workload(1, 128)]
+VALID = [(block, warps) for block in TOY.tunables["BLOCK"] for warps in TOY.tunables["num_warps"]]
+BEST = (32, 2)
+
+
+def made(ends: float = float("inf")) -> tuple[Call, list[tuple[int, int]]]:
+    """A call whose time is a formula's, and what was evaluated."""
+    evaluated: list[tuple[int, int]] = []
+
+    def benchmark(call, quantiles):
+        call()
+        at = subject._prepared[1]["BLOCK"], subject._prepared[1]["num_warps"]
+        evaluated.append(at)
+        return [float(at != BEST)] * len(quantiles)
+
+    subject = Call(KEY, device="cpu", ends=ends, benchmark=benchmark)
+    return subject, evaluated
+
+
+def test_every_valid_config_of_every_workload_is_evaluated_once_and_the_fastest_runs():
+    subject, evaluated = made()
+    tuner = autotuned(subject, WORKLOADS)
+    for workload in [*WORKLOADS, *WORKLOADS]:
+        subject.problem(workload).poison()
+        tuner[None](workload)
+        assert (tuner.best_config.kwargs["BLOCK"], tuner.best_config.num_warps) == BEST
+        assert subject.problem(workload).error() == 0
+    assert sorted(evaluated) == sorted(2 * VALID)
+    assert [e.workload for e in subject.log] == [w for w in WORKLOADS for _ in VALID]
+
+
+def test_after_its_time_nothing_is_evaluated_and_what_is_left_is_estimated_only_from_what_was_measured():
+    subject, evaluated = made(ends=time.monotonic() - 1)
+    with pytest.raises(TimeIsUp):
+        autotuned(subject, WORKLOADS)[None](WORKLOADS[0])
+    assert evaluated == []
+    assert kernel_summary(subject, WORKLOADS)["extrapolated_rest_s"] is None
+
+
+def test_the_estimate_is_nothing_for_a_space_that_was_evaluated_and_takes_later_evaluations_for_a_workload_that_was_not():
+    subject, _ = made()
+    autotuned(subject, WORKLOADS)[None](WORKLOADS[0])
+    one = kernel_summary(subject, WORKLOADS[:1])
+    assert (one["evaluations"], one["of"], one["variants"], one["extrapolated_rest_s"]) == (9, 9, 9, 0)
+    assert kernel_summary(subject, WORKLOADS)["extrapolated_rest_s"] is None  # no evaluation yet without compiling
+    autotuned(subject, WORKLOADS)[None](WORKLOADS[1])
+    later = kernel_summary(subject, [*WORKLOADS, Workload(1, 32)])
+    assert later["extrapolated_rest_s"] == pytest.approx(9 * later["median_s_without"])

@@ -1,0 +1,236 @@
+"""`patune run` beside triton.autotune: the same kernels, configs and workloads, each from an empty Triton cache, on a GPU host.
+
+    python tools/autotune.py OUT.json [--seconds 300] [--gpu h100] [--model llama-3.1-8b] [--kernel all] [--commit HASH]
+
+triton.autotune is used as it comes: it compiles a config when its turn is there, times it with its own benchmark, and keeps the
+fastest, for every new value of its key, which is the workload; the rules of the template prune its configs. It wraps one
+kernel, but a call may be more than one (the two stages of a decode), so what it wraps here makes all the launches of a call:
+to time stage 1 alone would hide what splits cost. They are prepared once a config, not once a launch.
+
+The whole of it takes long, so it gets SECONDS; workloads of few configs come first, so that many are finished. What the rest
+would take is estimated from what was measured, under "extrapolated" in OUT and nowhere else. The winners of finished workloads
+are raced against patune's as patune measures.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
+
+from patune.kernels.registry import template
+from patune.kernels.template import Launch, Template, Values
+from patune.tuner.gpu import GpuRunner
+from patune.tuner.space import Point, valid_points, variant
+from patune.tuner.task import FINAL_ROUNDS
+from patune.workload import Key, Workload
+
+Benchmark = Callable[..., list[float]]
+
+
+class TimeIsUp(Exception):
+    """Raised before an evaluation, out of triton.autotune."""
+
+
+class Evaluation(NamedTuple):
+    workload: Workload
+    config: Values
+    seconds: float  # compiling, if it had to be, and timing
+    new: bool  # the first of its variant
+
+
+class Call(KernelInterface):
+    """A call of a template as a kernel that triton.autotune can wrap, with a log of what that evaluates until `ends`."""
+
+    arg_names = ("workload",)
+
+    def __init__(self, key: Key, *, device: str, ends: float, benchmark: Benchmark | None = None):
+        self.key, self.template = key, template(key.kernel)
+        self.fn = self.template.jit_functions[-1]  # triton.autotune wants the name of a function
+        self.ends, self.benchmark = ends, benchmark
+        self.log: list[Evaluation] = []
+        self.problem = functools.lru_cache(maxsize=1)(lambda workload: self.template.problem(key, workload, device=device, sets=1))
+        self._variants: set[Point] = set()
+        self._prepared: tuple[Workload, Values] | None = None
+        self._launches: list[Launch] = []
+
+    def run(self, workload: Workload, *, grid: Any, warmup: bool, **meta: Any) -> None:
+        at = workload, {name: meta[name] for name in self.template.tunables}
+        if at != self._prepared:
+            self._launches, self._prepared = self.problem(workload).launches(at[1]), at
+        for launch in self._launches:
+            launch.run()
+
+    def bench(self, call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        """Triton's own benchmark, by the clock."""
+        if time.monotonic() >= self.ends:
+            raise TimeIsUp
+        benchmark = self.benchmark or driver.active.get_benchmarker()
+        began = time.monotonic()
+        try:
+            return benchmark(call, quantiles=quantiles)
+        finally:
+            assert self._prepared
+            workload, config = self._prepared
+            kind = variant(self.template, config)
+            self.log.append(Evaluation(workload, config, time.monotonic() - began, kind not in self._variants))
+            self._variants.add(kind)
+
+
+def autotuned(call: Call, workloads: Iterable[Workload]) -> Any:
+    """The call under triton.autotune."""
+    points = {workload: valid_points(call.template, call.key, workload) for workload in workloads}
+    configs = dict.fromkeys(_config(values) for found in points.values() for values in found)
+
+    def valid(configs: list, named: dict, **_: Any) -> list:
+        return [config for config in configs if _values(config, call.template) in points[named["workload"]]]
+
+    decorate = triton.autotune([*configs], key=["workload"], prune_configs_by={"early_config_prune": valid}, do_bench=call.bench)
+    return decorate(call)
+
+
+def _config(values: Values) -> triton.Config:
+    own = {name: value for name, value in values.items() if name in ("num_warps", "num_stages")}
+    return triton.Config({name: value for name, value in values.items() if name not in own}, **own)
+
+
+def _values(config: triton.Config, of: Template) -> Values:
+    return {name: config.all_kwargs()[name] for name in of.tunables}
+
+
+@dataclass
+class Tuning:
+    """What triton.autotune did."""
+
+    seconds: float
+    calls: list[Call]
+    winners: dict[tuple[Key, Workload], Values]  # of the workloads that it finished
+
+
+def tune(plan: dict[Key, list[Workload]], seconds: float) -> Tuning:
+    began = time.monotonic()
+    calls = {key: Call(key, device="cuda", ends=began + seconds) for key in plan}
+    tuners = {key: autotuned(calls[key], workloads) for key, workloads in plan.items()}
+    size = lambda at: len(valid_points(calls[at[0]].template, *at))
+    winners: dict[tuple[Key, Workload], Values] = {}
+    try:
+        for key, workload in sorted(((key, w) for key, workloads in plan.items() for w in workloads), key=size):
+            calls[key].problem(workload)  # the tensors are the user's, not part of tuning
+            tuners[key][None](workload)
+            winners[key, workload] = _values(tuners[key].best_config, calls[key].template)
+            print(f"triton.autotune: {key.kernel} {workload}, {time.monotonic() - began:.0f} s", flush=True)
+    except TimeIsUp:
+        pass
+    return Tuning(time.monotonic() - began, list(calls.values()), winners)
+
+
+def kernel_summary(call: Call, workloads: Iterable[Workload]) -> dict:
+    """Evaluations and seconds of one template, measured; `extrapolated_rest_s` is what is left at these rates.
+
+    None if there is no rate: no evaluation that compiled, or none that did not. A variant that a workload's sizes make compile a
+    second time counts once, so the estimate is low rather than high.
+    """
+    every = [config for workload in workloads for config in valid_points(call.template, call.key, workload)]
+    variants = {variant(call.template, config) for config in every}
+    first, later = ([e.seconds for e in call.log if e.new is new] for new in (True, False))
+    rest_new = len(variants) - len(first)
+    rest_old = len(every) - len(call.log) - rest_new
+    first_s, later_s = statistics.fmean(first) if first else None, statistics.median(later) if later else None
+    known = not (rest_new and first_s is None) and not (rest_old and later_s is None)
+    return {
+        "evaluations": len(call.log), "of": len(every), "variants": len(first), "of_variants": len(variants),
+        "seconds": sum(first) + sum(later), "mean_s_with_compiling": first_s, "median_s_without": later_s,
+        "extrapolated_rest_s": rest_new * (first_s or 0.0) + rest_old * (later_s or 0.0) if known else None,
+    }  # fmt: skip
+
+
+def race(runner: GpuRunner, winners: dict[tuple[Key, Workload], Values], patunes: dict[tuple[Key, Workload], Values]) -> list[dict]:
+    """Both winners of each workload as patune measures; nothing to measure where they are the same."""
+    rows = []
+    for (key, workload), theirs in winners.items():
+        ours = patunes[key, workload]
+        row: dict = {"kernel": key.kernel, "workload": asdict(workload), "autotune": theirs, "patune": ours}
+        if theirs == ours:
+            row["us_over_patune"] = 1.0
+        else:
+            found = runner.measure(key, workload, [theirs], ours, FINAL_ROUNDS)
+            us, patune_us = found.trials[0].us, found.reference.us
+            row |= {"status": found.trials[0].status, "us": us, "patune_us": patune_us}
+            row["us_over_patune"] = us / patune_us if us and patune_us else None
+        rows.append(row)
+    return rows
+
+
+def patune_run(args: argparse.Namespace, folder: str) -> tuple[float, dict]:
+    """Seconds from start to end, and the document of the run."""
+    command = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", args.model, "--kernel", args.kernel, "--json"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--db", f"{folder}/patune.db"], stdout=subprocess.PIPE, text=True, check=False,
+        env=os.environ | {"TRITON_CACHE_DIR": f"{folder}/patune"},
+    )  # fmt: skip
+    if done.returncode != 0:
+        sys.exit(f"patune run ended with exit status {done.returncode}")
+    return time.monotonic() - began, json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=300, help="that triton.autotune gets")
+    parser.add_argument("--gpu", default="h100")
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--kernel", default="all")
+    parser.add_argument("--commit", default="", help="the commit that is measured")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        patune_s, document = patune_run(args, folder)  # before anything here is on the GPU
+        print(f"patune: {patune_s:.1f} s", flush=True)
+        rows = [(Key(**part["key"]), Workload(**row["workload"]), row) for part in document["keys"] for row in part["workloads"]]
+        plan: dict[Key, list[Workload]] = {}
+        for key, workload, _ in rows:
+            plan.setdefault(key, []).append(workload)
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/autotune"
+        found = tune(plan, args.seconds)
+        kernels = {call.key.kernel: kernel_summary(call, plan[call.key]) for call in found.calls}
+        for call in found.calls:
+            call.problem.cache_clear()
+        torch.cuda.empty_cache()  # the races need it
+        with contextlib.closing(GpuRunner()) as runner:
+            raced = race(runner, found.winners, {(key, workload): row["config"] for key, workload, row in rows})
+            environment = asdict(runner.environment)
+    rest = [kernel["extrapolated_rest_s"] for kernel in kernels.values()]
+    whole_s = None if None in rest else found.seconds + sum(rest)
+    ratios = [row["us_over_patune"] for row in raced if row["us_over_patune"]]
+    args.out.write_text(json.dumps({
+        **environment, "commit": args.commit, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source_hash": {key.kernel: template(key.kernel).source_hash for key in plan}, "model": args.model,
+        "patune": {"seconds": patune_s, "workloads": len(rows), "evaluations": sum(row["evaluations"] for *_, row in rows)},
+        "triton_autotune": {"seconds": found.seconds, "workloads": len(found.winners), "kernels": kernels},
+        "extrapolated": {"whole_space_s": whole_s, "times_patune": whole_s and whole_s / patune_s},
+        "races": raced, "geomean_us_over_patune": statistics.geometric_mean(ratios) if ratios else None,
+    }, indent=1) + "\n")  # fmt: skip
+    print(
+        f"patune tuned {len(rows)} workloads in {patune_s:.0f} s. triton.autotune finished {len(found.winners)} of them in "
+        f"{found.seconds:.0f} s and would need about {whole_s or math.nan:.0f} s for all (extrapolated)."
+    )
+
+
+if __name__ == "__main__":
+    main()
