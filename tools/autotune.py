@@ -217,11 +217,12 @@ def main() -> None:
             environment = asdict(runner.environment)
     rest = [kernel["extrapolated_rest_s"] for kernel in kernels.values()]
     whole_s = None if None in rest else found.seconds + sum(rest)
+    evaluations = sum(row["evaluations"] for *_, row in rows)
     ratios = [row["us_over_patune"] for row in raced if row["us_over_patune"]]
     args.out.write_text(json.dumps({
         **environment, "commit": args.commit, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source_hash": {key.kernel: template(key.kernel).source_hash for key in plan}, "model": args.model,
-        "patune": {"seconds": patune_s, "workloads": len(rows), "evaluations": sum(row["evaluations"] for *_, row in rows)},
+        "patune": {**document["time"], "seconds": patune_s, "workloads": len(rows), "evaluations": evaluations},
         "triton_autotune": {"seconds": found.seconds, "workloads": len(found.winners), "kernels": kernels},
         "extrapolated": {"whole_space_s": whole_s, "times_patune": whole_s and whole_s / patune_s},
         "races": raced, "geomean_us_over_patune": statistics.geometric_mean(ratios) if ratios else None,

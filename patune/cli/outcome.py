@@ -1,7 +1,8 @@
-"""What came of a `patune run`: its rows, what became of its configs, what failed."""
+"""What came of a `patune run`: its rows, what became of its configs, what failed, where its time went."""
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from ..tuner.events import Event, Finished
+    from ..tuner.phases import Phases
 
 
 class Tally:
@@ -40,6 +42,23 @@ def by_key(plan: Plan, results: "Sequence[Finished]") -> list[dict[str, Any]]:
         if (key, workload) in found:
             keys[key].append(found[key, workload])
     return [{"key": asdict(key), "workloads": rows} for key, rows in keys.items()]
+
+
+def times(devices: "Sequence[Phases]", began: float) -> dict[str, Any]:
+    """The "time" of the document: seconds of the run and of all its devices, and the share of it that they measured."""
+    from ..tuner.phases import PHASES, measuring_share
+
+    ended = time.monotonic()
+    spent = {f"{phase}_s": round(sum(device.seconds(phase) for device in devices), 2) for phase in PHASES}
+    return {"seconds": round(ended - began, 2), "measuring_share": measuring_share(devices, began, ended), **spent}
+
+
+def times_line(spent: Mapping[str, Any]) -> str:
+    from ..tuner.phases import PHASES, STARTUP_S
+
+    share = spent["measuring_share"]
+    measuring = "" if share is None else f", {share:.0%} of it measuring after the first {STARTUP_S:.0f} s"
+    return f"{spent['seconds']:.1f} s{measuring}: " + ", ".join(f"{phase} {spent[phase + '_s']:.1f} s" for phase in PHASES)
 
 
 def _row(found: "Finished") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,7 @@ from ..cachedb.landscape import Landscape
 from ..errors import UsageError
 from . import source
 from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, Kernel, as_json, database
-from .outcome import Tally, by_key
+from .outcome import Tally, by_key, times, times_line
 from .plan import KERNELS, Plan, Request, shape_of, sizes_of
 from .verbose import logged
 
@@ -60,7 +60,8 @@ def command(
     With the GPU here it measures. With no GPU it runs the same search against the landscape recorded on one, and says
     so. A second run starts from what the first one left. Ctrl-C keeps what was measured.
     """
-    ends = None if budget is None else time.monotonic() + budget  # what it takes to get going counts as well
+    began = time.monotonic()
+    ends = None if budget is None else began + budget  # what it takes to get going counts as well
     request = Request(
         KERNELS if kernel == "all" else (kernel,),
         shape_of(model, head_dim=head_dim, page_size=page_size, q_heads=q_heads, kv_heads=kv_heads),
@@ -100,7 +101,9 @@ def command(
         view = stack.enter_context(ProgressView(live=not verbose))
         results = tune(work, fleet, store, trials=limit, seed=seed, ends=ends, on_event=on_event)
         keys = by_key(plan, results)
-        document = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": keys}
+        document: dict[str, Any] = {"gpu": runner.environment.gpu, "mode": runner.mode, "keys": keys}
+        if chosen.landscape is None:
+            document["time"] = times([device.phases for device in fleet.runners], began)
     if as_json:
         click.echo(json.dumps(document, indent=2))
     else:
@@ -108,6 +111,8 @@ def command(
 
         print_tables([part for part in keys if part["workloads"]])
         click.echo(f"The table is in {path}; `patune show` prints it, `patune export` takes it elsewhere.")
+    if "time" in document:
+        click.echo(times_line(document["time"]), err=True)
     if tally.statuses:
         click.echo(f"configs: {tally}", err=True)
     left = sum(map(len, plan.values())) - len(results) - len(tally.failed)

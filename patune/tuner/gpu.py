@@ -13,6 +13,7 @@ from ..errors import WorkerError
 from ..kernels.template import Values
 from ..workload import Key, Workload
 from .compile import CompilePool
+from .phases import Phases
 from .runner import ROUNDS, Race
 from .timing import refuse_capture
 from .worker import REFERENCE, serve
@@ -36,6 +37,7 @@ class GpuRunner:
         self.environment: Environment = self._worker.environment
         self._pool = pool or _pool_for(self.environment)
         self._closed = False
+        self.phases = Phases()
 
     @classmethod
     def several(cls, devices: Sequence[str | None]) -> list[Self]:
@@ -53,12 +55,16 @@ class GpuRunner:
         from ..kernels.registry import template
 
         configs: dict[int, Values] = dict(enumerate([reference, *points], start=REFERENCE))
-        began = time.monotonic()
-        outcomes = self._build(key, workload, configs)
-        log.debug("%s %s: waited %.2f s for the compilers", key.kernel, workload, time.monotonic() - began)
-        while len(outcomes) < len(configs):
-            todo = {i: config for i, config in configs.items() if i not in outcomes}
-            outcomes.update(self._attempt(key, workload, todo, rounds))
+        try:
+            self.phases.enter("compilers")
+            began = time.monotonic()
+            outcomes = self._build(key, workload, configs)
+            log.debug("%s %s: waited %.2f s for the compilers", key.kernel, workload, time.monotonic() - began)
+            while len(outcomes) < len(configs):
+                todo = {i: config for i, config in configs.items() if i not in outcomes}
+                outcomes.update(self._attempt(key, workload, todo, rounds))
+        finally:
+            self.phases.enter(None)
         source_hash, when = template(key.kernel).source_hash, datetime.now(UTC).isoformat(timespec="seconds")
         first, *others = [
             Trial(config=dict(config), source_hash=source_hash, when=when, **outcomes[i]) for i, config in configs.items()
@@ -88,11 +94,13 @@ class GpuRunner:
         outcomes: dict[int, dict[str, Any]] = {}
         running = None
         try:
+            self.phases.enter("tensors")
             self._worker.send((key, workload, dict(todo), rounds))
             report = self._worker.receive(START_TIMEOUT_S)
             if report[0] == "failed":
                 self._restart()  # whatever was made of the tensors is in the way of the next workload's
                 raise WorkerError(f"no tensors for {key.kernel} {workload}: {report[1]}")
+            self.phases.enter("checks")
             while report[0] != "raced":
                 if report[0] == "running":
                     running = report[1]
@@ -103,9 +111,11 @@ class GpuRunner:
                         raise _Lost(status, message)
                 elif report[0] == "racing":
                     running = None
+                    self.phases.enter("races")
                 report = self._worker.receive(self._timeout_s)
         except _Lost as lost:
             log.debug("%s %s: %s, %s", key.kernel, workload, lost.status, lost.message)
+            self.phases.enter(None)  # a new process is not a measurement
             self._restart()
             return self._blame(key, workload, lost, running, outcomes)
         for i, samples in report[1].items():

@@ -8,6 +8,7 @@ from ..cachedb.trial import Trial
 from ..errors import PatuneError
 from ..kernels.template import Values
 from ..workload import Key, Workload
+from .phases import Phases
 from .runner import ROUNDS, Race
 from .space import Point, point_of
 
@@ -20,6 +21,7 @@ class ReplayRunner:
     def __init__(self, landscape: Landscape):
         self.landscape = landscape
         self.environment = landscape.environment
+        self.phases = Phases()
 
     def prepare(self, key: Key, workload: Workload, points: Sequence[Values]) -> None:
         """Nothing to compile."""

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from ..cachedb.trial import Environment, Trial
 from ..kernels.template import Values
 from ..workload import Key, Workload
+from .phases import Phases
 
 ROUNDS = 7  # of a race between the configs of a batch
 
@@ -22,6 +23,7 @@ class Race:
 class Runner(Protocol):
     mode: Literal["measured", "replay"]
     environment: Environment
+    phases: Phases  # of its device; empty in a replay
 
     def prepare(self, key: Key, workload: Workload, points: Sequence[Values]) -> None:
         """These points will be measured soon; returns at once."""

@@ -30,6 +30,10 @@ def test_a_second_run_starts_from_what_the_first_one_left(db):
         assert stderr.startswith("measuring on NVIDIA H100 80GB HBM3\n")
         document = json.loads(stdout)
         assert document["mode"] == "measured"
+        spent = document["time"]
+        assert spent.keys() == {"seconds", "measuring_share", "compilers_s", "tensors_s", "checks_s", "races_s"}
+        assert 0 < spent["tensors_s"] + spent["checks_s"] + spent["races_s"] < spent["seconds"]
+        assert f"{spent['seconds']:.1f} s" in stderr and f"checks {spent['checks_s']:.1f} s" in stderr
         (row,) = document["keys"][0]["workloads"]
         assert row.keys() == {"workload", "config", "us", "default_us", "evaluations"}
         assert row["evaluations"] == 3
