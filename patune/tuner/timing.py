@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from ..errors import PatuneError, WorkerError
+from .accept import LEAST_SAMPLES
 
-SLOW = 2.0  # over the best of the first rounds by this factor: out of the race
-FIRST_ROUNDS = 2
+SLOW = 1.1  # over the best of the first rounds by this factor: out of the race. It halves the time of a race, and at 1.05 as
+FIRST_ROUNDS = 2  # well as after one round a replay starts to lose optima.
+LONG_S = 1.0  # of GPU time: a race that has taken more ends as soon as its samples can decide
 
 Call = Callable[[], None]
 
@@ -122,15 +124,19 @@ def race(
 ) -> dict[int, tuple[float, ...]]:
     """Microseconds a call of each contestant, one sample a round.
 
-    Every replay makes `calls` calls. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for `keep`. The
-    order turns by one every round, so nobody always follows the same one. `beat` is called after every round.
+    Every replay makes `calls` calls. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for `keep`. After
+    LONG_S, LEAST_SAMPLES rounds are enough. The order turns by one every round, so nobody always follows the same one. `beat` is
+    called after every round.
     """
     samples: dict[int, list[float]] = {i: [] for i in replays}
-    running = list(replays)
+    running, spent_us = list(replays), 0.0
     for n in range(rounds if replays else 0):
+        if n >= LEAST_SAMPLES and spent_us > LONG_S * 1e6:
+            break
         order = running[n % len(running) :] + running[: n % len(running)]
         for i, us in zip(order, clock.lap([replays[i] for i in order])):
             samples[i].append(us / calls)
+            spent_us += us
         if n + 1 == FIRST_ROUNDS:
             limit = SLOW * min(min(taken) for taken in samples.values())
             running = [i for i in running if i == keep or min(samples[i]) <= limit]

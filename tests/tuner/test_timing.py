@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+from patune.cachedb.trial import Trial
 from patune.errors import PatuneError
 from patune.tuner import timing
+from patune.tuner.accept import replaces
 
 
 class Recorder:
@@ -29,11 +31,20 @@ def race(us, **options):
 
 
 def test_slow_contestants_stop_after_two_rounds():
-    """Twice the best time is the end after two rounds, which are kept; the reference stays however slow it is."""
-    samples, laps, beats = race({0: 90.0, 1: 10.0, 2: 19.0, 3: 21.0})
-    assert samples == {0: (45.0,) * 7, 1: (5.0,) * 7, 2: (9.5,) * 7, 3: (10.5,) * 2}
+    """Over a tenth more than the best time is the end after two rounds, which are kept; the reference stays however slow it is."""
+    samples, laps, beats = race({0: 90.0, 1: 10.0, 2: 10.9, 3: 11.1})
+    assert samples == {0: (45.0,) * 7, 1: (5.0,) * 7, 2: (5.45,) * 7, 3: (5.55,) * 2}
     assert [len(order) for order in laps] == [4, 4, 3, 3, 3, 3, 3]
     assert beats == 7
+
+
+@pytest.mark.parametrize(("us", "rounds"), [(0.8e5, 7), (1.1e5, 5), (9e5, 5)])
+def test_a_long_race_ends_when_it_can_decide(us, rounds):
+    """After a second of GPU time no more rounds run than the acceptance asks for, and never fewer."""
+    samples, _, _ = race({0: us, 1: us})
+    assert samples == {0: (us / 2,) * rounds, 1: (us / 2,) * rounds}
+    trials = [Trial({}, "ok", tuple(x * factor for x in samples[0])) for factor in (0.9, 1.0)]
+    assert replaces(*trials)
 
 
 def test_order_turns():
