@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -47,12 +48,18 @@ class Build:
     seconds: float = 0.0
 
 
+def start_server() -> None:
+    """Start what children are forked from, which then loads torch and triton in the background; nothing if it runs."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "triton"])
+    forkserver.ensure_running()
+
+
 class CompilePool:
     """Compiles configs in the background for one compute capability, each once."""
 
     def __init__(self, capability: str, workers: int | None = None, timeout_s: float = TIMEOUT_S):
+        start_server()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "triton"])
         self._capability, self._timeout_s = capability, timeout_s
         count = workers or max(2, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="compile")

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from ..cachedb.trial import Environment, Trial
 from ..errors import WorkerError
 from ..kernels.template import Values
 from ..workload import Key, Workload
-from .compile import CompilePool
+from .compile import CompilePool, start_server
 from .phases import Phases
 from .runner import ROUNDS, Race
 from .timing import refuse_capture
@@ -42,6 +43,8 @@ class GpuRunner:
     @classmethod
     def several(cls, devices: Sequence[str | None]) -> list[Self]:
         """One for each device, by what CUDA_VISIBLE_DEVICES calls it, None for the current one. They share a compile pool."""
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            start_server()  # the workers take as long to load
         with ThreadPoolExecutor(len(devices)) as starting:
             workers = list(starting.map(_Worker, devices))
         pool = _pool_for(workers[0].environment)

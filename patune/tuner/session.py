@@ -18,6 +18,7 @@ from .task import FINAL_ROUNDS, FINALISTS, Item, Job, Ledger, Task
 LAST_RACE = FINAL_ROUNDS / ROUNDS * (FINALISTS + 2)  # what the last race costs, counted in configs of a search's races
 RACE_S = 2.0  # a race should not last longer where several devices share the work
 FIRST_RACE = 4  # its configs there, when nobody knows how long they take
+AHEAD = 64  # workloads whose configs compile before their turn: another kernel's variants take longer than one workload's races
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class _Session:
 
     def _start(self, item: Item) -> Task:
         runner, devices = self.fleet.runners[0], len(self.fleet.runners)
-        for soon in [item, *self.work.soon(devices)]:  # these compile while this one is measured
+        for soon in [item, *self.work.soon(AHEAD)]:  # these compile while this one is measured, in this order
             if (soon.key, soon.workload) not in self.prepared:
                 self.prepared.add((soon.key, soon.workload))
                 default = soon.template.default(soon.key, soon.workload)

@@ -159,11 +159,18 @@ def test_first_batch_holds_what_is_known(store):
     assert DEFAULT in runner.batches[0]
 
 
-def test_next_workload_compiles_while_this_one_is_measured(store):
-    """Before a workload is measured, its points and those of the next one are on their way to the compilers."""
-    runner = FormulaRunner()
-    run(store, runner, [WORKLOAD, OTHER], trials=None)
-    assert [workload for workload, _ in runner.prepared] == [WORKLOAD, OTHER]
+def test_what_comes_compiles_while_the_first_is_measured(store):
+    """When a run begins to measure, all its configs are on their way to the compilers, once, in the order of the workloads."""
+    workloads = [WORKLOAD, OTHER, Workload(4, 4096)]
+    prepared = []
+
+    class Watched(FormulaRunner):
+        def measure(self, *args):
+            prepared.append([workload for workload, _ in self.prepared])
+            return super().measure(*args)
+
+    run(store, Watched(), workloads, trials=None)
+    assert prepared and all(at == workloads for at in prepared)
 
 
 def test_replay_decides_like_the_measurement_it_replays(store, tmp_path):
