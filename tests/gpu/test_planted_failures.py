@@ -9,21 +9,21 @@ from patune.tuner.gpu import GpuRunner
 from patune.tuner.session import Items, tune
 from patune.tuner.task import Item
 from patune.workload import Key, Workload
-from tests.gpu import planted
-from tests.gpu.planted import NAME, PLANTED
+from tests.tuner import templates
+from tests.tuner.templates import PLANTED, config
 
 pytestmark = pytest.mark.gpu
 
 WORKLOAD = Workload(1, 1 << 20)
 STATUS = {
-    planted.NONE: "ok",
-    planted.WRONG: "wrong_answer",
-    planted.NAN: "wrong_answer",
-    planted.ILLEGAL: "illegal_access",
-    planted.HANGS: "timeout",
-    planted.TOO_BIG: "out_of_resources",
-    planted.OUT_OF_MEMORY: "out_of_memory",
-    planted.BREAKS_COMPILER: "compile_failed",
+    templates.NONE: "ok",
+    templates.WRONG: "wrong_answer",
+    templates.NAN: "wrong_answer",
+    templates.ILLEGAL: "illegal_access",
+    templates.HANGS: "timeout",
+    templates.TOO_BIG: "out_of_resources",
+    templates.OUT_OF_MEMORY: "out_of_memory",
+    templates.BREAKS_COMPILER: "compile_failed",
 }
 
 
@@ -35,18 +35,17 @@ def runner():
 
 
 def key_of(runner) -> Key:
-    return Key(NAME, runner.environment.gpu, runner.environment.sm_count, head_dim=1, page_size=1, q_heads_per_kv=1)
+    return Key(PLANTED.name, runner.environment.gpu, runner.environment.sm_count, head_dim=1, page_size=1, q_heads_per_kv=1)
 
 
 @pytest.mark.parametrize("fault", STATUS, ids=STATUS.get)
 def test_a_failure_is_its_own_status_and_its_neighbours_are_timed(runner, fault):
     """Whatever one config does to the GPU, the others of its race have times as if it were not there."""
-    points = [{"BLOCK": 64, "FAULT": planted.NONE}, {"BLOCK": 64, "FAULT": fault}, {"BLOCK": 128, "FAULT": planted.NONE}]
-    race = runner.measure(key_of(runner), WORKLOAD, points, {"BLOCK": 32, "FAULT": planted.NONE})
+    race = runner.measure(key_of(runner), WORKLOAD, [config(32), config(32, fault), config(64)], config(16))
     assert [trial.status for trial in race.trials] == ["ok", STATUS[fault], "ok"]
     assert race.reference.status == "ok" and len(race.reference.samples_us) == 7
     assert race.trials[0].samples_us and race.trials[2].samples_us
-    if fault != planted.NONE:
+    if fault != templates.NONE:
         assert race.trials[1].message and not race.trials[1].samples_us
 
 
@@ -58,4 +57,4 @@ def test_a_search_over_all_of_them_counts_each_and_finds_a_right_one(runner, tmp
         (result,) = tune(work, Threads([runner], ["0"]), store, trials=None, on_event=events.append)
     counted = [status for event in events if isinstance(event, Progress) for status in event.statuses]
     assert sorted(counted) == sorted(3 * list(STATUS.values()))
-    assert result.config["FAULT"] == planted.NONE and result.evaluations == 24
+    assert result.config["FAULT"] == templates.NONE and result.evaluations == 24

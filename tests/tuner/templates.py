@@ -1,8 +1,8 @@
-"""A tiny template whose tunable FAULT plants what can go wrong, for tests with real processes."""
+"""A tiny template whose tunable FAULT plants what can go wrong, for tests with real processes, on a GPU and without one."""
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -11,17 +11,24 @@ import triton.language as tl
 from patune.kernels.template import Launch, Template
 from patune.workload import Key, Workload
 
-NONE, RAISES, WRONG, DIES, HANGS, OUT_OF_MEMORY, BREAKS_COMPILER, KILLS_COMPILER, HANGS_COMPILER, TOO_BIG = range(10)
+NONE, WRONG, NAN, HANGS, TOO_BIG, OUT_OF_MEMORY, BREAKS_COMPILER, ILLEGAL = GPU_FAULTS = tuple(range(8))
+RAISES, DIES, KILLS_COMPILER, HANGS_COMPILER = range(8, 12)
 NAME = "tests.tuner.templates:TOY"
 KEY = Key(NAME, "interpreter", 1, head_dim=16, page_size=16, q_heads_per_kv=1)
 
 
 @triton.jit
-def double(x_ptr, out_ptr, n, FACTOR: tl.constexpr, BREAKS: tl.constexpr, BLOCK: tl.constexpr):
+def double(x_ptr, out_ptr, n, shift, FACTOR: tl.constexpr, BREAKS: tl.constexpr, BLOCK: tl.constexpr):
     tl.static_assert(not BREAKS, "planted")
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=offs < n)
-    tl.store(out_ptr + offs, x * FACTOR, mask=offs < n)
+    tl.store(out_ptr + shift + offs, x * FACTOR, mask=offs < n)
+
+
+@triton.jit
+def spin(flag_ptr):
+    while tl.load(flag_ptr, volatile=True) == 0:  # nobody ever sets it
+        pass
 
 
 @triton.jit
@@ -47,25 +54,31 @@ class Doubling:
         self.bytes, self.flops = 8 * n, n
         self.x = [torch.full((n,), r + 1.0, device=self.device) for r in range(self.sets)]
         self.out = [torch.empty_like(x) for x in self.x]
+        self.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.tile = torch.zeros(256, 256, device=self.device)
 
     def launches(self, config, r=0):
         fault, meta = config["FAULT"], self.device == "meta"
         if fault == TOO_BIG:
-            tile = torch.empty((256, 256), device=self.device)
-            return [Launch(hoard, (1,), {"x_ptr": tile, "out_ptr": tile, "BLOCK": 256, "num_warps": 4})]
+            return [Launch(hoard, (1,), {"x_ptr": self.tile, "out_ptr": self.tile, "BLOCK": 256, "num_warps": 4})]
+        if fault == HANGS and self.device != "cpu":
+            return [Launch(spin, (1,), {"flag_ptr": self.flag})]
         if fault == (KILLS_COMPILER if meta else DIES):
             os._exit(7)
         if fault == (HANGS_COMPILER if meta else HANGS):
             time.sleep(60)
         if fault == RAISES and not meta:
             raise ValueError("planted")
-        if fault == OUT_OF_MEMORY and not meta:
+        if fault == OUT_OF_MEMORY and self.device == "cuda":
+            torch.empty(1 << 50, dtype=torch.uint8, device=self.device)
+        if fault == OUT_OF_MEMORY and self.device == "cpu":  # whose allocator raises something else
             raise torch.OutOfMemoryError("planted")
         args = {
             "x_ptr": self.x[r],
             "out_ptr": self.out[r],
             "n": self.workload.kv_len,
-            "FACTOR": 3 if fault == WRONG else 2,
+            "shift": 1 << 40 if fault == ILLEGAL else 0,
+            "FACTOR": {WRONG: 3.0, NAN: float("nan")}.get(fault, 2.0),
             "BREAKS": fault == BREAKS_COMPILER,
             "BLOCK": config["BLOCK"],
             "num_warps": config["num_warps"],
@@ -77,7 +90,8 @@ class Doubling:
 
     def error(self, r=0):
         want = 2 * self.x[r]
-        return ((self.out[r] - want).norm() / want.norm()).item()
+        error = ((self.out[r] - want).norm() / want.norm()).item()
+        return error if error == error else float("inf")
 
 
 def no_tensors(key, workload, *, device, seed=0, sets=None):
@@ -86,12 +100,18 @@ def no_tensors(key, workload, *, device, seed=0, sets=None):
 
 TOY = Template(
     name=NAME,
-    tunables={"BLOCK": (16, 32, 64), "num_warps": (1, 2, 4), "FAULT": tuple(range(10))},
+    tunables={"BLOCK": (16, 32, 64), "num_warps": (1, 2, 4), "FAULT": tuple(range(12))},
     runtime=frozenset(),
     invalid=lambda config, key, workload: "planted" if config["FAULT"] else None,
     default=lambda key, workload: {"BLOCK": 16, "num_warps": 1, "FAULT": NONE},
     problem=Doubling,
     jit_functions=(double,),
+)
+PLANTED = replace(
+    TOY,
+    name="tests.tuner.templates:PLANTED",
+    tunables={"BLOCK": (16, 32, 64), "num_warps": (1,), "FAULT": GPU_FAULTS},
+    invalid=lambda config, key, workload: None,
 )
 NO_TENSORS = Template("no_tensors", TOY.tunables, frozenset(), TOY.invalid, TOY.default, no_tensors, (double,))
 
