@@ -1,4 +1,4 @@
-"""How a time is measured: graphs of the whole rotation of buffer sets, replayed in turn, one sample a round.
+"""How a time is measured: graphs of the whole rotation of buffer sets, or of a set each, replayed in turn, one sample a round.
 
 `Cuda` and `Host` know how to run calls and how long they took; `race` is the same for both. `Host` exists so that all of
 it runs where kernels are interpreted on a CPU.
@@ -32,8 +32,8 @@ class Clock(Protocol):
         """One callable that makes all the calls. Each must have run before, so that nothing is compiled here."""
         ...
 
-    def lap(self, replays: Sequence[Call]) -> list[float]:
-        """Run them back to back; microseconds of each."""
+    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
+        """Run `lead`, which is not timed, and the others back to back; microseconds of each."""
         ...
 
 
@@ -72,9 +72,9 @@ class Cuda:
         self._cuda.synchronize()
         return replay
 
-    def lap(self, replays: Sequence[Call]) -> list[float]:
+    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
         events = [[self._cuda.Event(enable_timing=True) for _ in range(2)] for _ in replays]
-        replays[0]()  # untimed: while it runs the host gets ahead, so that no sample waits for a launch
+        lead()  # while it runs the host gets ahead, so that no sample waits for a launch
         for (start, end), replay in zip(events, replays):
             start.record()
             replay()
@@ -100,7 +100,7 @@ class Host:
 
         return replay
 
-    def lap(self, replays: Sequence[Call]) -> list[float]:
+    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
         marks = [time.perf_counter()]
         for replay in replays:
             replay()
@@ -120,21 +120,25 @@ def clock() -> Clock:
 
 
 def race(
-    clock: Clock, replays: Mapping[int, Call], calls: int, rounds: int, *, keep: int, beat: Callable[[], None]
+    clock: Clock, replays: Mapping[int, Sequence[Call]], calls: int, rounds: int, *, keep: int, beat: Callable[[], None]
 ) -> dict[int, tuple[float, ...]]:
     """Microseconds a call of each contestant, one sample a round.
 
-    Every replay makes `calls` calls. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for `keep`. After
-    LONG_S, LEAST_SAMPLES rounds are enough. The order turns by one every round, so nobody always follows the same one. `beat` is
-    called after every round.
+    Every replay makes `calls` calls. A contestant may have several, one for each buffer set; then the sets take turns from replay
+    to replay, so that none finds its own in the cache. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for
+    `keep`. After LONG_S, LEAST_SAMPLES rounds are enough. The order turns by one every round, so nobody always follows the same
+    one. `beat` is called after every round.
     """
     samples: dict[int, list[float]] = {i: [] for i in replays}
-    running, spent_us = list(replays), 0.0
+    running, spent_us, turn = list(replays), 0.0, 0
     for n in range(rounds if replays else 0):
         if n >= LEAST_SAMPLES and spent_us > LONG_S * 1e6:
             break
         order = running[n % len(running) :] + running[: n % len(running)]
-        for i, us in zip(order, clock.lap([replays[i] for i in order])):
+        sets = len(replays[order[0]])
+        lead, *timed = [replays[i][(turn + place) % sets] for place, i in enumerate([order[0], *order])]
+        turn += 1 + len(order) + (len(order) % sets == 0)  # else everybody would have the same set in every round
+        for i, us in zip(order, clock.lap(lead, timed)):
             samples[i].append(us / calls)
             spent_us += us
         if n + 1 == FIRST_ROUNDS:

@@ -22,6 +22,7 @@ from . import timing
 from .compile import summary
 
 REFERENCE = 0  # the index of the config that is timed in every round
+LONG_FLOPS = 1e12  # of a call that takes a millisecond or more on any GPU: a sample is of one call, not of one with every set
 
 
 def serve(pipe: Connection, device: str | None = None) -> None:
@@ -62,12 +63,13 @@ class _Bench:
         replays = {}
         for i, config in configs.items():
             self.pipe.send(("running", i))
-            replay = self._check(problem, i, config)
-            if replay is not None:
-                replays[i] = replay
+            right = self._check(problem, i, config)
+            if right is not None:
+                replays[i] = right
         beat = functools.partial(self.pipe.send, ("racing",))
         beat()
-        samples = timing.race(self.clock, replays, problem.sets, rounds, keep=REFERENCE, beat=beat)
+        calls = 1 if problem.flops >= LONG_FLOPS else problem.sets
+        samples = timing.race(self.clock, replays, calls, rounds, keep=REFERENCE, beat=beat)
         self.pipe.send(("raced", samples))
 
     def _problem(self, key: Key, workload: Workload) -> Problem:
@@ -82,8 +84,8 @@ class _Bench:
             self.of = key, workload
         return self.problem
 
-    def _check(self, problem: Problem, i: int, config: Values) -> timing.Call | None:
-        """Run a config on poisoned outputs, compare, report; what replays it if it is right."""
+    def _check(self, problem: Problem, i: int, config: Values) -> list[timing.Call] | None:
+        """Run a config on poisoned outputs, compare, report; if it is right, what replays it: all sets together, or each alone."""
         error = None
         try:
             first, *others = [problem.launches(config, r) for r in range(problem.sets)]
@@ -99,12 +101,13 @@ class _Bench:
             later = [launch for launches in others for launch in launches]
             for launch in later:  # a set that specialises differently must not compile under capture
                 launch.run()
-            replay = self.clock.capture([launch.run for launch in [*first, *later]])
+            together = [first, *others] if problem.flops >= LONG_FLOPS else [[*first, *later]]
+            replays = [self.clock.capture([launch.run for launch in launches]) for launches in together]
         except Exception as failure:  # noqa: BLE001  whatever it is, it is the outcome
             self._report_failure(i, failure, error)
             return None
         self.pipe.send(("checked", i, "ok", error, ""))
-        return replay
+        return replays
 
     def _report_failure(self, i: int, failure: Exception, error: float | None) -> None:
         """Tell what failed. If the GPU is no longer usable, tell that and end."""

@@ -94,6 +94,14 @@ class Doubling:
         return error if error == error else float("inf")
 
 
+class Long(Doubling):
+    """As if it were much work."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.flops = 10**13
+
+
 def no_tensors(key, workload, *, device, seed=0, sets=None):
     raise torch.OutOfMemoryError("planted")
 
@@ -113,6 +121,7 @@ PLANTED = replace(
     tunables={"BLOCK": (16, 32, 64), "num_warps": (1,), "FAULT": GPU_FAULTS},
     invalid=lambda config, key, workload: None,
 )
+LONG = replace(TOY, name="tests.tuner.templates:LONG", problem=Long)
 NO_TENSORS = Template("no_tensors", TOY.tunables, frozenset(), TOY.invalid, TOY.default, no_tensors, (double,))
 
 

@@ -12,16 +12,17 @@ from patune.tuner.accept import replaces
 
 
 class Recorder:
-    """A clock on which contestant n takes us[n] microseconds, and that remembers who ran."""
+    """A clock on which contestant n takes us[n] microseconds, and that remembers who ran, on which of its sets."""
 
-    def __init__(self, us):
-        self.us, self.laps = us, []
-        self.replays = {i: (lambda i=i: i) for i in us}
+    def __init__(self, us, sets=1):
+        self.us, self.laps, self.ran = us, [], []
+        self.replays = {i: [lambda i=i, r=r: (i, r) for r in range(sets)] for i in us}
 
-    def lap(self, replays):
-        order = [replay() for replay in replays]
-        self.laps.append(order)
-        return [self.us[i] for i in order]
+    def lap(self, lead, replays):
+        ran = [replay() for replay in replays]
+        self.ran += [lead(), *ran]
+        self.laps.append([i for i, _ in ran])
+        return [self.us[i] for i, _ in ran]
 
 
 def race(us, **options):
@@ -53,6 +54,18 @@ def test_order_turns():
     assert {order[0] for order in laps} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("contestants", range(1, 7))
+@pytest.mark.parametrize("sets", [2, 3])
+def test_no_timed_replay_follows_one_of_the_same_set(contestants, sets):
+    """Where sets are replayed one by one, what is timed finds another set in the cache, and nobody has one set to itself."""
+    clock = Recorder(dict.fromkeys(range(contestants), 10.0), sets)
+    timing.race(clock, clock.replays, 1, 7, keep=0, beat=lambda: None)
+    timed = [n for n in range(len(clock.ran)) if n % (contestants + 1)]  # the lead of every lap is not
+    assert all(clock.ran[n][1] != clock.ran[n - 1][1] for n in timed)
+    if contestants > 1:
+        assert all(len({clock.ran[n][1] for n in timed if clock.ran[n][0] == i}) > 1 for i in range(contestants))
+
+
 def test_nothing_to_race():
     """If every config of a batch is wrong there is no race and no error."""
     assert race({}) == ({}, [], 0)
@@ -63,7 +76,7 @@ def test_host_clock_times_calls():
     made, clock = [], timing.Host()
     replay = clock.capture([lambda: made.append(1), lambda: made.append(2)])
     assert made == []
-    assert all(us > 0 for us in clock.lap([replay, replay]))
+    assert all(us > 0 for us in clock.lap(replay, [replay, replay]))
     assert made == [1, 2, 1, 2]
 
 
