@@ -3,13 +3,15 @@
     python tools/agreement.py FIRST.json SECOND.json    two documents of `patune run --json`, each with a --db of its own
     python tools/agreement.py LANDSCAPE.json.gz         two searches of a landscape, whose recorded noise is drawn anew
 
-Prints what differs; exit status 1 if less agree.
+A workload counts once for each template that can run it: which one a call takes follows from both. Prints what differs; exit
+status 1 if less agree.
 """
 
 import json
 import random
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from patune.cachedb import landscape
@@ -88,7 +90,9 @@ def main() -> None:
     lines = disagreements(first, second)
     for line in lines:
         print(line)
-    whole = len(first.keys() | second.keys())
+    whole, differ = len(first.keys() | second.keys()), Counter(line.split()[0] for line in lines)
+    for kernel, count in Counter(key.kernel for key, _ in first.keys() | second.keys()).items():
+        print(f"{kernel}: {count - differ[kernel]} of {count}")
     print(f"{whole - len(lines)} of {whole} workloads agree ({1 - len(lines) / whole:.1%}, {SHARE:.0%} are asked for)")
     sys.exit(1 - len(lines) / whole < SHARE)
 

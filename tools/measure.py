@@ -1,4 +1,4 @@
-"""Measure a commit on a GPU host: tests, races against peers and triton.autotune, the main job twice. It all lands in one folder.
+"""Measure a commit on a GPU host: tests, races against peers and triton.autotune, the main job. It all lands in one folder.
 
     python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests,referee,run,autotune]
 
@@ -26,10 +26,12 @@ PLANTED = "tests/gpu/test_planted_failures.py"
 
 def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str, int]]:
     """Step -> (command, the file that takes its stdout, seconds it may take)."""
-    run = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--db", str(out / "run.db"), "--json"]
+    tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "--db"]
+    run = [*tune, str(out / "run.db")]
     race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
-    # -v: a run that is cut short has named what failed
+    agreement = [sys.executable, str(ROOT / "tools/agreement.py"), str(out / "run.json"), str(out / "run-other.json")]
     autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
+    # -v: a run that is cut short has named what failed
     tests = [sys.executable, "-m", "pytest", "-v", "-rs", "--durations=5", "-p", "no:cacheprovider"]
     parallel = [f"--ignore={PLANTED}", "-n", str(args.workers), "--dist", "worksteal"]
     return {
@@ -43,6 +45,8 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
         ),
         "run": (run, "run.json", 120),
         "run-again": (run, "run-again.json", 60),
+        "run-other": ([*tune, str(out / "run-other.db"), "--seed", "1"], "run-other.json", 120),
+        "run-agreement": (agreement, "run-agreement.txt", 60),
         "autotune": ([*autotune, "--seconds", "300", "--commit", args.commit], "autotune.txt", 540),
     }
 

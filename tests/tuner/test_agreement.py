@@ -1,6 +1,9 @@
 """Two tunings of one GPU agree, though their times scatter as they did when they were recorded."""
 
+import json
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from patune.cachedb import landscape
 from patune.workload import Key, Workload
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import agreement
 from agreement import SHARE, disagreements, searched
 
 H100 = landscape.load(landscape.shipped("h100"))
@@ -39,3 +43,25 @@ def test_a_disagreement_is_another_config_of_another_time():
     assert disagreements({at: (one, 10.0)}, {at: (other, 10.09)}) == []
     assert disagreements({at: (one, 10.0)}, {at: (other, 10.2)}) == ["decode B1 L64: {'N': 1} 10.00 us, {'N': 2} 10.20 us"]
     assert disagreements({at: (one, 10.0)}, {}) == ["decode B1 L64: only in one"]
+
+
+def test_each_template_of_a_kernel_counts(tmp_path):
+    """Two documents of `patune run --json` with one workload of two templates, one of which differs."""
+
+    def document(name, hopper_us):
+        parts = []
+        for kernel, config, us in (("prefill", {"N": 1}, 10.0), ("prefill_hopper", {"N": hopper_us}, hopper_us)):
+            key, workload = Key(kernel, "a", 1, 64, 16, 4), Workload(1, 64, 64)
+            row = {"workload": asdict(workload), "config": config, "us": us}
+            parts.append({"key": asdict(key), "workloads": [row]})
+        path = tmp_path / name
+        path.write_text(json.dumps({"keys": parts}))
+        return str(path)
+
+    command = [sys.executable, agreement.__file__, document("a.json", 8), document("b.json", 9)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    differs, *counts, last = done.stdout.splitlines()
+    assert differs == "prefill_hopper B1 q64 L64: {'N': 8} 8.00 us, {'N': 9} 9.00 us"
+    assert sorted(counts) == ["prefill: 1 of 1", "prefill_hopper: 0 of 1"]
+    assert last.startswith("1 of 2 workloads agree")
