@@ -17,6 +17,7 @@ class Shape:
 
 
 MODELS = {
+    "llama-2-7b": Shape(32, 32, 128),
     "llama-3.1-8b": Shape(32, 8, 128),
     "llama-3.1-70b": Shape(64, 8, 128),
     "llama-3.2-1b": Shape(32, 8, 64),
@@ -24,6 +25,7 @@ MODELS = {
     "mistral-7b": Shape(32, 8, 128),
     "qwen3-8b": Shape(32, 8, 128),
     "qwen3-32b": Shape(64, 8, 128),
+    "gemma-3-12b": Shape(16, 8, 256),
     "gpt-oss-20b": Shape(64, 8, 64),
     "gpt-oss-120b": Shape(64, 8, 64),
 }

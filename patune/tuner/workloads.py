@@ -3,7 +3,8 @@
 from ..models import Shape
 from ..workload import Workload
 
-# (kernel, shape): llama-3.1-8b at two page sizes and with an fp8 cache, gpt-oss, llama-3.1-70b whole and split over 8 GPUs.
+# (kernel, shape): llama-3.1-8b at two page sizes and with an fp8 cache, gpt-oss, llama-3.1-70b whole and split over 8 GPUs,
+# llama-2-7b (a KV head for every query head), gemma-3-12b.
 TARGETS = [
     ("decode", Shape(32, 8, 128, 16)),
     ("decode", Shape(32, 8, 128, 64)),
@@ -11,9 +12,12 @@ TARGETS = [
     ("decode", Shape(64, 8, 64, 16)),
     ("decode", Shape(64, 8, 128, 16)),
     ("decode", Shape(8, 1, 128, 16)),
+    ("decode", Shape(32, 32, 128, 16)),
+    ("decode", Shape(16, 8, 256, 32)),
     ("prefill", Shape(32, 8, 128, 16)),
     ("prefill", Shape(32, 8, 128, 64)),
     ("prefill", Shape(64, 8, 64, 16)),
+    ("prefill", Shape(16, 8, 256, 32)),
     ("append", Shape(32, 8, 128, 16)),
     ("append", Shape(64, 8, 64, 16)),
 ]
