@@ -96,12 +96,13 @@ class Call(KernelInterface):
 def autotuned(call: Call, workloads: Iterable[Workload]) -> Any:
     """The call under triton.autotune."""
     points = {workload: valid_points(call.template, call.key, workload) for workload in workloads}
-    configs = dict.fromkeys(_config(values) for found in points.values() for values in found)
+    configs = {workload: {_config(values) for values in found} for workload, found in points.items()}
+    every = dict.fromkeys(_config(values) for found in points.values() for values in found)
 
-    def valid(configs: list, named: dict, **_: Any) -> list:
-        return [config for config in configs if _values(config, call.template) in points[named["workload"]]]
+    def valid(every: list, named: dict, **_: Any) -> list:
+        return [config for config in every if config in configs[named["workload"]]]
 
-    decorate = triton.autotune([*configs], key=["workload"], prune_configs_by={"early_config_prune": valid}, do_bench=call.bench)
+    decorate = triton.autotune([*every], key=["workload"], prune_configs_by={"early_config_prune": valid}, do_bench=call.bench)
     return decorate(call)
 
 
