@@ -12,10 +12,16 @@ from patune.kernels import checks, device
 from patune.tuner.compile import _NoGpu
 
 made: list[tuple] = []  # what the C function was called with, launch by launch
+maps: list[tuple] = []  # tensor maps made: what cuTensorMapEncodeTiled would be told, the address first
 
 
 def _launch(*arguments: Any) -> None:
     made.append(arguments)
+
+
+def _tensor_map(*told: Any) -> tuple:
+    maps.append(told)
+    return told
 
 
 class StandIn(_NoGpu):
@@ -29,6 +35,8 @@ class StandIn(_NoGpu):
         self.utils = SimpleNamespace(
             launch=_launch,
             build_signature_metadata=tuple,
+            fill_tma_descriptor=_tensor_map,  # Triton 3.6
+            fill_tma_descriptor_tiled=_tensor_map,  # Triton 3.7
             get_device_properties=lambda index: {"max_shared_mem": 232448},
             load_binary=self._load,
         )

@@ -11,9 +11,10 @@ nothing on the device but allocate scratch, whose contents no launch relies on, 
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from operator import itemgetter
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from ..cachedb import lookup
@@ -31,12 +33,13 @@ from .sizes import ceil_div
 from .template import Launch
 
 MAX_BOUND = 256  # keys; the length of kv_indices, and so the key, changes as a server's sequences grow, the config seldom
+MAX_MAPS = 256  # tensor maps kept of an argument: a model has a pool a layer
 SCRATCH_ALIGNMENT = 128  # bytes: a cache line, and a multiple of the 16 that Triton specialises pointers on
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}  # another class may give an operator another meaning
 IMMUTABLE = (type(None), bool, int, float, str, Config)
 
-_bound: dict[tuple, "Bound"] = {}
-_of_config: dict[tuple, "Bound"] = {}  # the same, by keys without the length of kv_indices but with the config
+_bound: dict[tuple, "Bound | None"] = {}  # None: cannot be bound
+_of_config: dict[tuple, "Bound | None"] = {}  # the same, by keys without the length of kv_indices but with the config
 
 
 class Call(NamedTuple):
@@ -86,7 +89,7 @@ def find(*arguments: Any) -> tuple[tuple, list[int], Bound | None] | None:
     grad = torch.is_grad_enabled()
     key = lookup.table(), kinds, kinds.others(arguments), device, grad, facts
     bound = _bound.get(key)
-    if bound is None and any(on != device or negated or (grad and wanted) for *_, on, negated, wanted in facts):
+    if bound is None and (key in _bound or any(on != device or negated or (grad and wanted) for *_, on, negated, wanted in facts)):
         return None
     return key, pointers, bound
 
@@ -96,36 +99,48 @@ def remember(key: tuple, call: Call) -> None:
     if len(_bound) >= MAX_BOUND:
         forget()
     same = _without_length(key, call)
-    if same in _of_config:
-        _bound[key] = _of_config[same]
-        return
-    kernels = [launch.warmup() for launch in call.build(*call.tensors)]  # compiles nothing: it says which kernels have run
-    if not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
-        return
-    # Built again from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from.
+    if same not in _of_config:
+        kernels = [launch.warmup() for launch in call.build(*call.tensors)]  # compiles nothing: it says which kernels have run
+        if not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+            return
+        _of_config[same] = _bind(call, kernels)
+    _bound[key] = _of_config[same]
+
+
+def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
+    """The launches of a call by its compiled kernels; None if one has an argument that is not understood."""
+    # Built from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from.
     apart = [None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in call.tensors]
     origins = {_storage(x): (i, 0) for i, x in enumerate(x for x in apart if x is not None)}
     scratch, scratch_bytes = len(origins), 0
+
+    def pointer(x: torch.Tensor) -> _Later:
+        nonlocal scratch_bytes
+        if _storage(x) not in origins:
+            origins[_storage(x)] = scratch, scratch_bytes
+            scratch_bytes += ceil_div(x.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+        source, start = origins[_storage(x)]
+        return _Later(f"pointers[{source}] + {start + x.storage_offset() * x.element_size()}")
+
     launches, entries = call.build(*apart), []
     for launch, kernel in zip(launches, kernels, strict=True):
         arguments: list[Any] = []
         for parameter in launch.fn.params:
             value = launch.args.get(parameter.name, parameter.default)
-            if isinstance(value, torch.Tensor) and value.numel() == 0:
-                value = 0  # its data_ptr(), wherever it begins
-            elif isinstance(value, torch.Tensor):
-                if _storage(value) not in origins:
-                    origins[_storage(value)] = scratch, scratch_bytes
-                    scratch_bytes += ceil_div(value.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
-                source, start = origins[_storage(value)]
-                value = _Later(f"pointers[{source}] + {start + value.storage_offset() * value.element_size()}")
+            if isinstance(value, torch.Tensor):
+                value = pointer(value) if value.numel() else 0  # data_ptr() of an empty one is 0, wherever it begins
+            elif isinstance(value, TensorDescriptor):
+                value = copy.copy(value)
+                value.base = pointer(value.base)
             elif not isinstance(value, IMMUTABLE):
-                return  # it may hold a tensor
+                return None  # it may hold a tensor
             arguments.append(value)
-        entries.append(_entry(kernel, launch.grid, arguments))
+        entry = _entry(kernel, launch.grid, arguments)
+        if entry is None:
+            return None
+        entries.append(entry)
     like = next(x for x in call.tensors if x is not None)
-    made = Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
-    _bound[key] = _of_config[same] = made
+    return Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
 
 
 def forget() -> None:
@@ -162,24 +177,58 @@ def _kinds(types: tuple[type, ...]) -> _Kinds | None:
 
 
 class _Later(NamedTuple):
-    """An argument that each call of the launches computes anew."""
+    """An argument that each call of the launches computes anew; with `expand`, the arguments that this makes of a pointer."""
 
     source: str
+    expand: Callable[[int], list] | None = None
 
 
-def _entry(kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any]) -> tuple[Callable[..., None], tuple]:
+def _entry(kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any]) -> tuple[Callable[..., None], tuple] | None:
     """The C function that launches a kernel, and its arguments: Triton 3.6 gives it the kernel's one by one, 3.7 in a tuple.
 
-    Written down by a copy of the launcher, so that nothing is launched. What the launcher does itself is most of its time.
+    Written down by a copy of the launcher, so that nothing is launched. What the launcher does itself is most of its time. None if
+    an argument is a tensor descriptor and cannot be expanded beforehand.
     """
-    launcher = copy.copy(kernel.run)
+    launcher, launch = copy.copy(kernel.run), kernel.run.launch
+    allocates = launcher.global_scratch_size or launcher.profile_scratch_size  # the launcher, at each launch
+    if any(isinstance(x, TensorDescriptor) for x in arguments):
+        below = _below(launch, arguments)
+        if below is None or allocates:
+            return None
+        launch, arguments = below
     given = (*(*grid, 1, 1)[:3], _Later("stream"), kernel.function, kernel.packed_metadata, None, None, None, *arguments)
-    if launcher.global_scratch_size or launcher.profile_scratch_size:  # allocated by the launcher, at each launch
+    if allocates:
         return kernel.run, given
     passed: list[tuple] = []
     launcher.launch = lambda *arguments: passed.append(arguments)
     launcher(*given)
-    return kernel.run.launch, passed[0]
+    return launch, passed[0]
+
+
+def _below(launch: Callable[..., None], arguments: list[Any]) -> tuple[Callable[..., None], list[Any]] | None:
+    """Below a launch that expands tensor descriptors: the C function, and the arguments expanded; None if this Triton does it in
+    another way than 3.6 and 3.7, where a Python function does it and calls the one in C."""
+    try:
+        used = inspect.getclosurevars(launch)
+        function, metadata = used.nonlocals["launcher"], iter(used.nonlocals["tensordesc_meta"])
+        expand = used.globals["make_tensordesc_arg"]
+        inspect.signature(expand).bind("descriptor", "metadata")
+    except (KeyError, TypeError):
+        return None
+    return function, [_expanded(x, expand, next(metadata)) if isinstance(x, TensorDescriptor) else x for x in arguments]
+
+
+def _expanded(descriptor: TensorDescriptor, expand: Callable[[Any, Any], list], metadata: Any) -> _Later:
+    """What Triton makes of a descriptor whose base comes later: a tensor map, which holds nothing but address and geometry and so
+    outlives the memory there, the shape and the strides."""
+
+    @functools.lru_cache(MAX_MAPS)
+    def at(pointer: int) -> list:
+        placed = copy.copy(descriptor)
+        placed.base = SimpleNamespace(data_ptr=lambda: pointer)
+        return expand(placed, metadata)
+
+    return _Later(descriptor.base.source, at)
 
 
 def _write(entries: list[tuple[Callable[..., None], tuple]]) -> Callable[[list[int], int], None]:
@@ -188,7 +237,7 @@ def _write(entries: list[tuple[Callable[..., None], tuple]]) -> Callable[[list[i
 
     def text(value: Any) -> str:
         if isinstance(value, _Later):
-            return value.source
+            return f"*{text(value.expand)}({value.source})" if value.expand else value.source
         if isinstance(value, tuple) and any(isinstance(x, _Later) for x in value):
             return f"({''.join(f'{text(x)}, ' for x in value)})"
         name = f"constant_{len(constants)}"

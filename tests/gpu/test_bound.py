@@ -8,10 +8,13 @@ from paged import assert_close
 from real import Buffers, Real, ragged
 
 import patune
-from patune.kernels import bound
+from patune.kernels import bound, decode_hopper
+from patune.workload import Key, Workload
 
 pytestmark = pytest.mark.gpu
 
+HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(2, 5500)))
+ON_HOPPER = (("config", HOPPER),)
 CASES = {
     "split": Real((8000, 3000)),
     "ragged": Real(ragged(16, 1000)),
@@ -22,12 +25,21 @@ CASES = {
     "fp8": Real((8000, 3000), kv_dtype=torch.float8_e4m3fn, options=(("k_scale", 0.5), ("v_scale", torch.tensor([2.0])))),
     "options": Real((8000, 3000), options=(("sliding_window", 500), ("logits_soft_cap", 30.0), ("sinks", torch.ones(32)))),
     "speculative": Real((8000, 3000), 4),
+    "Hopper": Real((8000, 3000), options=ON_HOPPER),
+    "Hopper, NHD, pair, d64": Real((8000, 3000), layout="NHD", pair=True, head_dim=64, options=ON_HOPPER),
+    "Hopper, one split": Real((300,) * 64, options=(("config", patune.Config({**HOPPER, "num_splits": 1})),)),
+    "Hopper, speculative": Real((8000, 3000), 4, options=ON_HOPPER),
 }
 
 
 @pytest.fixture(autouse=True)
 def nothing_bound(gpu):
     bound.forget()
+
+
+def only_on_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
 
 
 def decode(b: Buffers, **kw):
@@ -38,12 +50,14 @@ def decode(b: Buffers, **kw):
 @pytest.mark.parametrize("name", CASES)
 def test_a_bound_call_is_bit_for_bit_the_call_before_it(name):
     """Output and lse, with out given or made, and over other data in other memory."""
+    if name.startswith("Hopper"):
+        only_on_hopper()
     b, other = Buffers(CASES[name]), Buffers(CASES[name])
     other.q = other.q.flip(0).contiguous() if not CASES[name].strided_q else other.q
     first = decode(b, return_lse=True)
     bound.forget()
     want = decode(other, return_lse=True)
-    assert len(bound._bound) == 1
+    assert len(bound._bound) == 1 and all(bound._bound.values())
     for buffers, (out, lse) in ((b, first), (other, want), (b, first)):
         got, got_lse = decode(buffers, return_lse=True)
         assert torch.equal(got, out) and torch.equal(got_lse, lse)
@@ -52,6 +66,37 @@ def test_a_bound_call_is_bit_for_bit_the_call_before_it(name):
         for _ in range(2):
             poisoned.fill_(float("nan"))
             assert decode(buffers, out=poisoned) is poisoned and torch.equal(poisoned, out)
+
+
+def test_each_pool_of_a_bound_call_is_read_by_its_own_tensor_maps():
+    """The layers of a model in turn; then other values, and another number of pages, at the address of a pool that was freed."""
+    only_on_hopper()
+    b = Buffers(Real((8000, 3000), options=ON_HOPPER))
+    b.kv_cache.nan_to_num_(0.5)
+    pools = [torch.randn_like(b.kv_cache) for _ in range(5)]
+
+    def of(pool: torch.Tensor) -> torch.Tensor:
+        b.kv_cache = pool
+        return decode(b)
+
+    wanted = []
+    for pool in pools:
+        bound.forget()
+        wanted.append(of(pool))
+        assert_close(wanted[-1], patune.reference_paged_attention(b.q, pool, b.qo_indptr, *b.table), b.limit)
+    for _ in range(3):
+        for pool, want in zip(pools, wanted, strict=True):
+            assert torch.equal(of(pool), want)
+    assert len(bound._bound) == 1 and all(bound._bound.values())
+
+    memory = torch.randn(2 * pools[0].numel(), dtype=pools[0].dtype, device="cuda")
+    for pages in (len(pools[0]), len(pools[0]) + 700, len(pools[0])):
+        pool = memory[: pages * pools[0][0].numel()].view(pages, *pools[0].shape[1:]).normal_()
+        b.kv_indices.copy_(torch.randperm(pages, device="cuda")[: len(b.kv_indices)])
+        want = patune.reference_paged_attention(b.q, pool, b.qo_indptr, *b.table)
+        for _ in range(2):
+            assert_close(of(pool), want, b.limit)
+    assert len(bound._bound) == 2 and all(bound._bound.values())
 
 
 def test_a_call_without_work_stays_one():
@@ -87,12 +132,15 @@ def test_bound_calls_run_on_the_current_stream():
     assert all(torch.equal(got.cpu(), want) for got in results)
 
 
+@pytest.mark.parametrize("template", ["decode", "decode_hopper"])
 @pytest.mark.parametrize("num_splits", [1, 8])
-def test_a_bound_call_is_captured(num_splits):
+def test_a_bound_call_is_captured(num_splits, template):
     """What a graph replays is the bound call's launches, with memory of the graph's."""
     b = Buffers(Real((4096, 4096)))
     b.kv_cache.nan_to_num_(0.5)
-    found = patune.get_best_config("decode", head_dim=128, page_size=16, q_heads_per_kv=4)
+    if template == "decode_hopper":
+        only_on_hopper()
+    found = patune.get_best_config(template, head_dim=128, page_size=16, q_heads_per_kv=4)
     config = patune.Config(dict(found) | {"num_splits": num_splits})
     out = b.poisoned()
     for _ in range(2):

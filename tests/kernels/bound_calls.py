@@ -1,6 +1,7 @@
 """Bound calls are what unbound ones are. Run by test_bound.py in a process without TRITON_INTERPRET, on the stand-in driver."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -16,13 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patune
 from kernels.test_errors import UNSUPPORTED, WRONG
 from patune.cachedb import lookup
-from patune.kernels import bound
+from patune.kernels import bound, decode_hopper, decode_hopper_jit
+from patune.workload import Key, Workload
 
 standin.install()
 settings.register_profile("bound", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bound")
 
 CASE = Case((1, 1), (200, 330), dtype="bfloat16")  # the H100's table or the rule splits it: two launches
+PLAIN = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
+HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 64, 16, 4), Workload(2, 265)))
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +128,14 @@ VARIATIONS = {
     "ragged": lambda: Arguments(max_kv_len=10_000),
     "two tokens": lambda: Arguments(dataclasses.replace(CASE, q_lens=(2, 2))),
     "longer": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000))),
+    "Hopper": lambda: Arguments(config=HOPPER),
+    "Hopper, NHD": lambda: Arguments(dataclasses.replace(CASE, layout="NHD"), config=HOPPER),
+    "Hopper, pair": lambda: Arguments(dataclasses.replace(CASE, pair=True), config=HOPPER),
+    "Hopper, k is v": lambda: Arguments(config=HOPPER) | {"kv_cache": one_storage(False)[:1] * 2},
+    "Hopper, one split": lambda: Arguments(config=patune.Config({**HOPPER, "num_splits": 1})),
+    "Hopper, lse, no out": lambda: Arguments(config=HOPPER, return_lse=True, out=None),
+    "Hopper, two tokens": lambda: Arguments(dataclasses.replace(CASE, q_lens=(2, 2)), config=HOPPER),
+    "Hopper, larger pool": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000)), config=HOPPER),
 }
 
 
@@ -256,10 +268,10 @@ def test_there_are_never_more_bound_calls_than_the_limit():
         assert 0 < len(bound._bound) <= bound.MAX_BOUND
 
 
-def test_page_lists_of_other_lengths_share_what_was_bound():
+@pytest.mark.parametrize("config", [PLAIN, HOPPER], ids=["plain", "Hopper"])
+def test_page_lists_of_other_lengths_share_what_was_bound(config):
     """Their length is advice for the config; where it leads to the same one, nothing else depends on it."""
-    arguments = Arguments()
-    arguments["config"] = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
+    arguments = Arguments(config=config)
     want = launched(arguments)
     bound.forget()
     for lengths, pages in enumerate((40, 41, 77), start=1):
@@ -270,12 +282,72 @@ def test_page_lists_of_other_lengths_share_what_was_bound():
 
 def test_an_empty_page_list_shares_nothing_with_one_that_has_pages():
     """No pointer is kept of an empty tensor, so what was bound for it must not serve a list with pages."""
-    arguments = Arguments()
-    arguments["config"] = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
+    arguments = Arguments(config=PLAIN)
     for pages in (0, 40):
         arguments["kv_indices"] = torch.zeros(pages, dtype=torch.int32)
         assert launched(arguments) == launched(arguments)
     assert len(bound._of_config) == 2
+
+
+# Tensor maps: what TMA is told about a pool
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_each_pool_of_a_bound_call_has_its_tensor_maps_made_once(layout):
+    """One for K and one for V, whatever other pools come in between: the layers of a model."""
+    layers = [Arguments(dataclasses.replace(CASE, layout=layout, seed=seed), config=HOPPER) for seed in range(5)]
+    wanted = [unbound(arguments) for arguments in layers]
+    assert len({str(launches) for launches in wanted}) == 1 and all(launches for launches in wanted)
+    bound.forget()
+    launched(layers[0])
+    standin.maps.clear()
+    for _ in range(3):
+        for arguments, want in zip(layers, wanted):
+            assert launched(arguments) == want
+    pools = [arguments["kv_cache"].data_ptr() for arguments in layers]
+    v = layers[0]["kv_cache"][:, 1].data_ptr() - pools[0]
+    assert sorted(told[0] for told in standin.maps) == sorted([*pools, *(pool + v for pool in pools)])
+
+
+def test_a_pool_in_the_place_of_a_freed_one_is_addressed_as_what_it_is():
+    """Of the same shape, by the map at hand; of another one, by its own."""
+    memory = Arguments(config=HOPPER)["kv_cache"]
+    calls = [Arguments(config=HOPPER, kv_cache=memory[:pages]) for pages in (len(memory), len(memory) - 3, len(memory))]
+    wanted = [unbound(arguments) for arguments in calls]
+    assert wanted[0] == wanted[2] != wanted[1]
+    bound.forget()
+    for _ in range(2):
+        for arguments, want in zip(calls, wanted):
+            assert launched(arguments) == want
+
+
+def test_no_more_tensor_maps_are_kept_than_the_limit(monkeypatch):
+    """The one that was used last stays."""
+    monkeypatch.setattr(bound, "MAX_MAPS", 2)
+    layers = [Arguments(dataclasses.replace(CASE, seed=seed), config=HOPPER) for seed in range(3)]
+    wanted = [unbound(arguments) for arguments in layers]
+    bound.forget()
+    launched(layers[0])
+    made = []
+    for i in (0, 1, 0, 2, 0, 1):
+        standin.maps.clear()
+        assert launched(layers[i]) == wanted[i]
+        made.append(len(standin.maps))
+    assert made == [2, 2, 0, 2, 0, 2]
+
+
+def test_a_descriptor_that_cannot_be_expanded_beforehand_leaves_the_call_as_it_is(monkeypatch):
+    """A Triton whose launcher does it in another way serves every call itself, and binding is tried once."""
+    arguments = Arguments(config=HOPPER)
+    want = unbound(arguments)
+    kernels, *_ = decode_hopper_jit.decode_split_hopper.device_caches[arguments["q"].get_device()]
+    for kernel in kernels.values():
+        monkeypatch.setattr(kernel.run, "launch", functools.partial(kernel.run.launch))
+    assert unbound(arguments) == want
+    assert list(bound._bound.values()) == [None]
+    monkeypatch.setattr(bound, "remember", None)
+    assert launched(arguments) == want
+    assert not is_bound(arguments)
 
 
 # What looks on sees what it saw before

@@ -11,7 +11,8 @@ from hypothesis import given
 from paged import Batch, Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patune.kernels import bound, ops
+from patune.kernels import bound, decode_hopper, ops
+from patune.kernels.cache import paged_cache
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU: tests/gpu/test_bound.py has the real one")
@@ -44,6 +45,20 @@ def test_building_the_launches_of_a_decode_allocates_and_takes_views_only(case):
         )  # fmt: skip
         with OnlyScratchAndViews():
             assert call.build(*call.tensors)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("pair", [False, True])
+def test_building_the_launches_for_hopper_allocates_and_takes_views_only(layout, pair):
+    """The same of the other template; a tensor map is made when a kernel is launched."""
+    batch = Batch(Case((1, 1), (200, 330), dtype="bfloat16", layout=layout, pair=pair), "cpu")
+    out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
+    cache = paged_cache(*(batch.kv_cache if pair else (batch.kv_cache, None)), layout)
+    assert decode_hopper.serves("9.0", batch.q, cache, out)
+    for num_splits in (1, 3):
+        config = dict(BLOCK_N=64, num_stages=3, num_splits=num_splits)
+        with OnlyScratchAndViews():
+            assert decode_hopper.launches(batch.q, cache, *batch.pages, out, lse, config, sm_scale=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
