@@ -1,10 +1,11 @@
 """The public kernels: check the arguments, allocate the output, call the operator."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
-from . import bound, checks, ops
+from . import bound, checks, ops  # noqa: F401  ops registers the operators
 from .append import TEMPLATE as APPEND
 from .cache import PagedCache
 from .checks import bad
@@ -95,9 +96,8 @@ def paged_decode(
         max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic, _values(template, config),
         template.name,
     )  # fmt: skip
-    torch.ops.patune.paged_decode(*arguments)
-    if found is not None and (call := ops.decode_call(*arguments)):
-        bound.remember(key, call)
+    with nullcontext() if found is None else bound.waiting(key):
+        torch.ops.patune.paged_decode(*arguments)
     return (out, lse) if return_lse else out
 
 

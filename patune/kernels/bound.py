@@ -12,7 +12,9 @@ nothing on the device but allocate scratch, whose contents no launch relies on, 
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,6 +42,13 @@ IMMUTABLE = (type(None), bool, int, float, str, Config)
 
 _bound: dict[tuple, "Bound | None"] = {}  # None: cannot be bound
 _of_config: dict[tuple, "Bound | None"] = {}  # the same, by keys without the length of kv_indices but with the config
+
+
+class _Waiting(threading.local):
+    key: tuple | None = None  # what to bind the next call to that an operator makes
+
+
+_waiting = _Waiting()
 
 
 class Call(NamedTuple):
@@ -94,15 +103,25 @@ def find(*arguments: Any) -> tuple[tuple, list[int], Bound | None] | None:
     return key, pointers, bound
 
 
-def remember(key: tuple, call: Call) -> None:
-    """Bind a call that has just run to its key."""
+@contextmanager
+def waiting(key: tuple) -> Iterator[None]:
+    """Bind the call that an operator makes meanwhile, on this thread, to its key."""
+    _waiting.key = key
+    try:
+        yield
+    finally:
+        _waiting.key = None
+
+
+def remember(call: Call, kernels: list[Any]) -> None:
+    """Bind a call that these kernels, one a launch, have just run to the key that waits for it, if one does."""
+    key = _waiting.key
+    if key is None or not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+        return
     if len(_bound) >= MAX_BOUND:
         forget()
     same = _without_length(key, call)
     if same not in _of_config:
-        kernels = [launch.warmup() for launch in call.build(*call.tensors)]  # compiles nothing: it says which kernels have run
-        if not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
-            return
         _of_config[same] = _bind(call, kernels)
     _bound[key] = _of_config[same]
 

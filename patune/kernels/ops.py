@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import append, decode, decode_hopper, prefill, prefill_hopper
-from .bound import Call
+from .bound import Call, remember
 from .cache import paged_cache
 from .config import find, find_either
 from .device import device_of
@@ -25,12 +25,11 @@ _PAGES = "Tensor kv_indices, Tensor kv_indptr, Tensor kv_last_page_len"
 _OPTIONS = "int? window, float? soft_cap, Tensor? sinks, Tensor? k_scale, Tensor? v_scale, float v_factor"
 
 
-def run(launches: list[Launch], tensor: torch.Tensor) -> None:
-    """Launch on the tensor's own device, on that device's current stream."""
+def run(launches: list[Launch], tensor: torch.Tensor) -> list:
+    """Launch on the tensor's own device, on that device's current stream. Returns the compiled kernels."""
     here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(tensor.device):
-        for launch in launches:
-            launch.run()
+        return [launch.run() for launch in launches]
 
 
 def _config(template, values: list[int] | None, q, cache, **workload) -> Values:
@@ -122,7 +121,7 @@ def decode_call(
 
 def _paged_decode(q, *arguments, **options):
     if call := decode_call(q, *arguments, **options):
-        run(call.build(*call.tensors), q)
+        remember(call, run(call.build(*call.tensors), q))
 
 
 def _paged_prefill(

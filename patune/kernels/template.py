@@ -21,8 +21,9 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]  # every kernel argument by name, constexprs, num_warps and num_stages included
 
-    def run(self) -> None:
-        self.fn[self.grid](**self.args)
+    def run(self):
+        """Returns the compiled kernel; None in the interpreter, which has none."""
+        return self.fn[self.grid](**self.args)
 
     def warmup(self):
         """Compile without running; tensors may be on the meta device. Returns the compiled kernel."""

@@ -209,13 +209,13 @@ def test_any_change_of_a_template_s_call_that_matters_rebinds(pieces, changes):
         x = flat[pieces["start"] :][: pieces["length"] * step : step]
         y = (flat if pieces["shared"] else flat.clone())[pieces["other"] :][:20]
         call = bound.Call(build(n, step), (x, y))
-        for launch in call.build(*call.tensors):
-            launch.run()
+        kernels = [launch.run() for launch in call.build(*call.tensors)]
         want = standin.launches([x, y])
         for _ in range(2):
             key, pointers, found = bound.find(x, y, n, step)
             if found is None:
-                bound.remember(key, call)
+                with bound.waiting(key):
+                    bound.remember(call, kernels)
         found.run(pointers)
         assert standin.launches([x, y]) == want
 
@@ -345,7 +345,7 @@ def test_a_descriptor_that_cannot_be_expanded_beforehand_leaves_the_call_as_it_i
         monkeypatch.setattr(kernel.run, "launch", functools.partial(kernel.run.launch))
     assert unbound(arguments) == want
     assert list(bound._bound.values()) == [None]
-    monkeypatch.setattr(bound, "remember", None)
+    monkeypatch.setattr(bound, "waiting", None)
     assert launched(arguments) == want
     assert not is_bound(arguments)
 
