@@ -56,15 +56,22 @@ PEERS = {"fa3": "FlashAttention-3", "flashinfer": "FlashInfer", "vllm_triton": "
 
 
 def run_table() -> str:
-    """What tuning found for the decode of one model's shape: tuned against the default."""
+    """What tuning found for the decode of one model's shape: both templates tuned against the plain one's default."""
     key = dict(head_dim=128, page_size=16, q_heads_per_kv=4, kv_dtype="bfloat16")
-    part = next(part for part in _tuned("decode") if key.items() <= part["key"].items())
-    lines = ["| workload | default µs | tuned µs | speedup | configs measured |", "|---|--:|--:|--:|--:|"]
-    for found in part["workloads"]:
-        w = found["workload"]
-        name = f"{w['batch_size']} × {w['kv_len']} tokens{', ragged' if w['ragged'] else ''}"
-        ratio = found["default_us"] / found["us"]
-        lines.append(f"| {name} | {found['default_us']:.1f} | {found['us']:.1f} | ×{ratio:.2f} | {found['evaluations']} |")
+    of: dict[Workload, dict[str, dict]] = {}
+    for part in _tuned("decode"):
+        if key.items() <= part["key"].items():
+            for found in part["workloads"]:
+                of.setdefault(Workload(**found["workload"]), {})[part["key"]["kernel"]] = found
+    lines = ["| workload | default µs | plain µs | Hopper template µs | speedup | configs measured |", "|---|--:|--:|--:|--:|--:|"]
+    for w, found in sorted(of.items(), key=lambda item: (item[0].ragged, item[0].batch_size, item[0].kv_len)):
+        plain, hopper = found["decode"], found["decode_hopper"]
+        name = f"{w.batch_size} × {w.kv_len} tokens{', ragged' if w.ragged else ''}"
+        ratio = plain["default_us"] / min(plain["us"], hopper["us"])
+        lines.append(
+            f"| {name} | {plain['default_us']:.1f} | {plain['us']:.1f} | {hopper['us']:.1f} | ×{ratio:.2f} "
+            f"| {plain['evaluations'] + hopper['evaluations']} |"
+        )
     return "\n".join(lines)
 
 
@@ -211,6 +218,19 @@ def timeline_table() -> str:
     return "\n".join([*lines, "", "Loop ends: the first, the median and the last program."])
 
 
+def reads_table() -> str:
+    """What stage 1 of a decode adds to reading the same pages."""
+    rows = json.loads((RESULTS / "decode-techniques.json").read_text())["reads"]
+    lines = [
+        "| case | MiB | plain read of the pages | ring without attention | stage 1 | both stages |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        read = f"{row['read']:.1f}" if row["read"] else ""
+        lines.append(f"| {row['case']} | {row['mib']} | {read} | {row['ring']:.1f} | {row['stage1']:.1f} | {row['both']:.1f} |")
+    return "\n".join(lines)
+
+
 def fp8_table() -> str:
     """The best times with a cache of e4m3 beside those of bf16, where the bf16 cache has at least 256 MiB."""
     key = dict(head_dim=128, page_size=16, q_heads_per_kv=4)
@@ -237,6 +257,7 @@ FIGURES = {
     "decode techniques": lambda: technique_table("decode"),
     "prefill techniques": lambda: technique_table("prefill"),
     "decode timeline": timeline_table,
+    "decode reads": reads_table,
     "fp8": fp8_table,
     "run": run_table,
     "search": search_table,

@@ -113,7 +113,7 @@ def test_a_landscape_file_that_is_none_names_the_file(patune, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "gpt-9"], "--model: 'gpt-9' is unknown, use one of llama-3.1-8b,"),
+        (["--model", "gpt-9"], "--model: 'gpt-9' is unknown, use one of llama-2-7b, llama-3.1-8b,"),
         (["--model", "qwen3-8b", "--head-dim", 64], "--head-dim: --model qwen3-8b decides it"),
         (["--page-size", 64], "--head-dim, --q-heads, --kv-heads: missing"),
         (["--head-dim", 128, "--q-heads", 8], "--kv-heads: missing"),
