@@ -1,6 +1,6 @@
 """Random paged batches for property tests: shuffled pages, stale pages and page tails full of NaN, any layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -121,8 +121,11 @@ def check_prefill(case: Case, device: str, causal: bool = True, **config) -> Non
 
 
 @st.composite
-def cases(draw, prefill: bool = False, max_len: int = 48, dtypes=("float32", "bfloat16", "float16")) -> Case:
-    """Small batches over every axis that the kernels specialise on."""
+def cases(
+    draw, prefill: bool = False, max_len: int = 48, dtypes=("float32", "bfloat16", "float16"),
+    head_dims=(16, 64, 80, 96, 112, 128, 256), page_sizes=PAGE_SIZES, groups=(1, 2, 4, 7, 8, 20), extras: bool = True,
+) -> Case:  # fmt: skip
+    """Small batches over every axis that the kernels specialise on; extras: window, soft cap, sinks, scales, strided queries."""
     batch = draw(st.integers(1, 3))
     if prefill:
         q_lens = tuple(draw(st.integers(0, 30)) for _ in range(batch))
@@ -132,11 +135,23 @@ def cases(draw, prefill: bool = False, max_len: int = 48, dtypes=("float32", "bf
         q_lens = (draw(st.sampled_from((1, 1, 2, 5))),) * batch
         kv_lens = tuple(draw(st.one_of(st.just(0), st.integers(q_lens[0], max_len))) if q_lens[0] == 1 else
                         draw(st.integers(q_lens[0], max_len)) for _ in range(batch))  # fmt: skip
-    return Case(
+    case = Case(
         q_lens, kv_lens,
-        kv_heads=draw(st.sampled_from((1, 2))), group=draw(st.sampled_from((1, 2, 4, 7, 8, 20))),
-        head_dim=draw(st.sampled_from((16, 64, 80, 96, 112, 128, 256))), page_size=draw(st.sampled_from(PAGE_SIZES)),
+        kv_heads=draw(st.sampled_from((1, 2))), group=draw(st.sampled_from(groups)),
+        head_dim=draw(st.sampled_from(head_dims)), page_size=draw(st.sampled_from(page_sizes)),
         layout=draw(st.sampled_from(("HND", "NHD"))), pair=draw(st.booleans()), dtype=draw(st.sampled_from(dtypes)),
-        window=draw(st.sampled_from((None, None, 1, 7, 50))), soft_cap=draw(st.sampled_from((None, None, 5.0))),
-        sinks=draw(st.booleans()), scales=draw(st.booleans()), strided_q=draw(st.booleans()), seed=draw(st.integers(0, 99)),
+        seed=draw(st.integers(0, 99)),
     )  # fmt: skip
+    if not extras:
+        return case
+    return replace(
+        case, window=draw(st.sampled_from((None, None, 1, 7, 50))), soft_cap=draw(st.sampled_from((None, None, 5.0))),
+        sinks=draw(st.booleans()), scales=draw(st.booleans()), strided_q=draw(st.booleans()),
+    )  # fmt: skip
+
+
+# What the templates for Hopper serve, of queries that TMA can address.
+ON_HOPPER = dict(
+    dtypes=("bfloat16", "float16"), head_dims=(64, 128, 256), page_sizes=(8, 16, 32, 64, 128, 256), groups=(1, 2, 4, 7, 8, 16),
+    extras=False,
+)  # fmt: skip

@@ -79,8 +79,8 @@ def test_a_shipped_landscape_is_whole_and_of_today_s_kernels(path):
 def test_the_h100_landscape_spans_serving(kernel, head_dim, page_size, group):
     """A dozen workloads a key, from batch 1 to 256 and 1k to 128k tokens, uniform and ragged."""
     recorded = landscape.load(landscape.shipped("h100"))
-    all_keys = recorded.keys()
-    (key,) = [k for k in all_keys if (k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) == (kernel, head_dim, page_size, group)]
+    wanted = (kernel, head_dim, page_size, group, "bfloat16")
+    (key,) = [k for k in recorded.keys() if (k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv, k.kv_dtype) == wanted]
     workloads = recorded.workloads(key)
     assert len(workloads) >= 12
     assert {w.batch_size for w in workloads} >= {1, 256}

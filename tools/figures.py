@@ -106,6 +106,7 @@ def search_table() -> str:
         key = part["key"]
         name = f"{key['kernel']} d{key['head_dim']} p{key['page_size']}"
         name += "" if key["kernel"] == "append" else f" group {key['q_heads_per_kv']}"
+        name += "" if key["kv_dtype"] == key["q_dtype"] else " fp8 KV"
         for n in ("16", "32", "64"):
             mine, random = part["patune"][n], part["random"][n]
             lines.append(

@@ -45,7 +45,10 @@ def _copy_winners(store: Store, table: Store) -> None:
             pools[environment.capability] = CompilePool(environment.capability)
         trial = _fastest_that_compiles(store, key, workload, entry, pools[environment.capability])
         (trial_id,) = table.add_trials(key, workload, environment, [trial], "measured")
-        table.set_config(key, workload, trial_id, entry["default_us"], entry["evaluations"], "measured")
+        default_us = entry["default_us"]
+        if default_us is not None and trial.us > default_us:
+            default_us = None  # it was faster than what is left, so it spills here like the winner
+        table.set_config(key, workload, trial_id, default_us, entry["evaluations"], "measured")
     for pool in pools.values():
         pool.close()
 

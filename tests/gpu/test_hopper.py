@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from paged import assert_close, assert_lse_close, cases, check_prefill
+from hypothesis import given, settings
+from paged import ON_HOPPER, assert_close, assert_lse_close, cases, check_prefill
 from real import Buffers, Real
 
 import patune
@@ -69,10 +69,8 @@ def test_without_causal_every_key_is_seen():
 
 
 @settings(max_examples=60)
-@given(cases(prefill=True, dtypes=("bfloat16", "float16")))
+@given(cases(prefill=True, **ON_HOPPER))
 def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
-    extras = case.window or case.soft_cap or case.sinks or case.scales or case.kv_dtype or case.strided_q
-    assume(not extras and case.head_dim in (64, 128, 256) and case.page_size in (8, 16, 32, 64, 128, 256))
     check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=1, issue=1)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patune
 from kernels.test_errors import UNSUPPORTED, WRONG
 from patune.cachedb import lookup
-from patune.kernels import bound, decode_hopper, decode_hopper_jit
+from patune.kernels import bound, decode_hopper, decode_hopper_jit, ops
 from patune.workload import Key, Workload
 
 standin.install()
@@ -257,6 +257,17 @@ def test_a_call_of_the_wrong_types_fails_as_if_nothing_were_bound(changes):
         errors.append((type(caught.value), str(caught.value).split(" at 0x")[0].splitlines()[0]))
     assert errors[0] == errors[1]
     assert not standin.made
+
+
+def test_a_call_is_worked_out_once_to_be_run_and_bound(monkeypatch):
+    """What binds it takes the config and the kernels that the operator ran it with."""
+    worked_out = []
+    decode_call = ops.decode_call
+    monkeypatch.setattr(
+        ops, "decode_call", lambda *given, **options: worked_out.append(decode_call(*given, **options)) or worked_out[-1]
+    )
+    assert is_bound(Arguments())
+    assert len(worked_out) == 1
 
 
 def test_there_are_never_more_bound_calls_than_the_limit():
