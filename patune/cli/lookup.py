@@ -42,23 +42,30 @@ def command(
     kv_dtype: str | None, db: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print the config that the kernels get for a workload, where it comes from and who measured it."""
-    from ..kernels.config import get_best_config
+    from ..kernels.config import find, find_either, query_for
+    from ..kernels.registry import candidates
 
-    device_name = None
+    device_name, capability = None, None
     if gpu != AUTO:
         if sm_count is not None:
             raise UsageError("--sm-count: --gpu decides it, leave one of them out")
-        device_name, sm_count = gpus.gpu(gpu).name, gpus.gpu(gpu).sm_count
+        device_name, sm_count, capability = gpus.gpu(gpu).name, gpus.gpu(gpu).sm_count, gpus.gpu(gpu).capability
     os.environ["PATUNE_DB"] = str(tables.readable(db))  # as a process says which table its kernels use
-    config = get_best_config(
+    query = query_for(
         kernel, head_dim=head_dim, page_size=page_size, sm_count=sm_count, device_name=device_name,
         q_heads_per_kv=_group(q_heads_per_kv, q_heads, kv_heads), q_dtype=dtype, kv_dtype=kv_dtype,
-        batch_size=batch_size, kv_len=kv_len, q_len=q_len, kv_heads=kv_heads, ragged=ragged,
+        batch_size=batch_size, kv_len=kv_len, q_len=q_len, kv_heads=kv_heads, ragged=ragged, features="",
     )  # fmt: skip
+    rows, wide = query["q_heads_per_kv"] * q_len, query["kv_dtype"] == query["q_dtype"] != "float32"
+    names = candidates(kernel, capability or query["capability"], head_dim, page_size, rows, wide)
+    queries = [query | {"kernel": name} for name in names]
+    template, config = find_either(*queries) if len(queries) == 2 else (kernel, find(query))
     if as_json:
-        document = {"config": dict(config), "source": config.source, "provenance": config.provenance}
+        document = {"template": template, "config": dict(config), "source": config.source, "provenance": config.provenance}
         click.echo(json.dumps(document, indent=2))
         return
+    if len(names) > 1:
+        click.echo(f"template: {template}")
     click.echo(" ".join(f"{name}={value}" for name, value in config.items()))
     click.echo(f"source: {config.source} ({MEANINGS[config.source]})")
     for name, value in config.provenance.items():

@@ -6,12 +6,12 @@ from typing import Any
 from ..cachedb.landscape import Landscape
 from ..cachedb.trial import Environment
 from ..errors import UsageError
-from ..kernels.registry import candidates
+from ..kernels.registry import OF_KERNEL, candidates
 from ..models import Shape, model
 from ..tuner.workloads import TARGETS, standard_workloads
 from ..workload import Key, Workload
 
-KERNELS = ("decode", "prefill", "append")
+KERNELS = tuple(OF_KERNEL)
 
 Plan = dict[Key, list[Workload]]
 

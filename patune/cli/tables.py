@@ -9,6 +9,7 @@ from ..cachedb import lookup
 from ..cachedb.file import database_path
 from ..cachedb.match import Entry
 from ..errors import DatabaseError
+from ..kernels.registry import OF_KERNEL
 from ..workload import Key, Workload
 from . import gpus
 
@@ -28,11 +29,11 @@ def readable(db: Path | None) -> Path:
 
 
 def entries(db: Path | None, *, kernel: str | None = None, gpu: str | None = None) -> list[Entry]:
-    """The entries of a database over the shipped ones; those of a kernel and of a GPU's short name, where given."""
+    """The entries of a database over the shipped ones; those of a kernel's templates and of a GPU's short name, where given."""
     return [
         entry
         for entry in lookup.load(readable(db)).entries
-        if kernel in (None, entry["kernel"]) and (gpu is None or gpus.is_a(entry["gpu"], gpu))
+        if (kernel is None or entry["kernel"] in OF_KERNEL[kernel]) and (gpu is None or gpus.is_a(entry["gpu"], gpu))
     ]
 
 

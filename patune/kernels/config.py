@@ -70,34 +70,33 @@ def get_best_config(
 ) -> Config:
     """The best known config of a kernel for a workload.
 
-    kernel: "decode", "prefill", "prefill_hopper" (what paged_prefill prefers on a Hopper), "append", or a template outside
-    patune, as `patune run --kernel` takes it; without an entry that one's config is empty. page_size in tokens; kv_len and q_len
-    are mean tokens a sequence; ragged if the longest sequence is at least twice the mean. kv_dtype defaults to q_dtype. With
-    neither device_name nor sm_count, the current CUDA device is meant if there is one. Looks in the user's table, then in the
-    ones that ship with patune: this workload, else the nearest one, else another GPU of the same architecture, else a rule;
-    `.source` says which.
+    kernel: "decode", "prefill", "append", "decode_hopper" and "prefill_hopper" (what paged_decode and paged_prefill prefer on a
+    Hopper), or a template outside patune, as `patune run --kernel` takes it; without an entry that one's config is empty.
+    page_size in tokens; kv_len and q_len are mean tokens a sequence; ragged if the longest sequence is at least twice the mean.
+    kv_dtype defaults to q_dtype. With neither device_name nor sm_count, the current CUDA device is meant if there is one. Looks
+    in the user's table, then in the ones that ship with patune: this workload, else the nearest one, else another GPU of the same
+    architecture, else a rule; `.source` says which.
 
     Raises UsageError (a ValueError) for an unknown kernel or a size below 1.
     """
+    return find(query_for(**locals()))
+
+
+def query_for(kernel: str, **sizes: Any) -> dict:
+    """What the table is asked by get_best_config with these arguments, all of them; UsageError as there."""
     if kernel not in NAMES and not _is_outside(kernel):
         raise UsageError(f"kernel: {kernel!r} is unknown, use one of {', '.join(NAMES)}")
-    sizes = dict(head_dim=head_dim, page_size=page_size, q_heads_per_kv=q_heads_per_kv, q_len=q_len)
-    optional = dict(sm_count=sm_count, batch_size=batch_size, kv_len=kv_len, kv_heads=kv_heads)
-    for name, value in {**sizes, **{n: v for n, v in optional.items() if v is not None}}.items():
-        if not isinstance(value, int) or value < 1:
+    for name in ("head_dim", "page_size", "q_heads_per_kv", "q_len", "sm_count", "batch_size", "kv_len", "kv_heads"):
+        value, optional = sizes[name], name in ("sm_count", "batch_size", "kv_len", "kv_heads")
+        if not (value is None and optional) and (not isinstance(value, int) or value < 1):
             raise UsageError(f"{name}: expected an int of at least 1, got {value!r}")
-    capability = None
-    if device_name is None and sm_count is None:
-        device_name, sm_count, capability = _current_device()
-    return find(
-        {
-            "kernel": kernel, "head_dim": head_dim, "page_size": page_size,
-            "q_heads_per_kv": 1 if kernel == "append" else q_heads_per_kv,
-            "q_dtype": _plain(q_dtype), "kv_dtype": _plain(kv_dtype or q_dtype), "features": features,
-            "sm_count": sm_count, "device_name": device_name, "capability": capability,
-            "batch_size": batch_size, "kv_len": kv_len, "q_len": q_len, "kv_heads": kv_heads, "ragged": ragged,
-        }
-    )  # fmt: skip
+    query = {"kernel": kernel, "capability": None, **sizes}
+    query |= {"q_dtype": _plain(sizes["q_dtype"]), "kv_dtype": _plain(sizes["kv_dtype"] or sizes["q_dtype"])}
+    if kernel == "append":
+        query["q_heads_per_kv"] = 1
+    if sizes["device_name"] is None and sizes["sm_count"] is None:
+        query["device_name"], query["sm_count"], query["capability"] = _current_device()
+    return query
 
 
 def find(query: dict) -> Config:

@@ -1,8 +1,8 @@
 """Paged decode on Hopper, template "decode_hopper": stage 1 that `paged_decode` may run where `serves` says so;
 decode_hopper_jit.py is its device code. Stage 2, the cut into shares and the partials are those of the template "decode".
 
-It is a template of its own for the reasons that prefill_hopper.py gives. `paged_decode` asks the table for both and takes this one
-where it was measured to be the faster one.
+It is a template of its own for the reasons that prefill_hopper.py gives. `paged_decode` asks the table for both and takes the
+faster one where both were measured on one workload, else this one.
 """
 
 import torch

@@ -42,20 +42,19 @@ def _given(template, values: list[int]) -> Values:
 
 
 def _either(
-    first: Template, second: Template, serves: dict[str, bool], config: list[int] | None, given: str, q, cache, **workload
+    hopper: Template, plain: Template, served: bool, config: list[int] | None, given: str, q, cache, **workload
 ) -> tuple[str, Values]:
     """The name of the template to take of two, and the config: the caller's for the one given, else the table's answer.
 
-    serves: template -> whether it serves the call. Where both do and the table cannot tell, the first one is taken.
+    served: whether the one for Hopper serves the call. It is taken where the table cannot tell which one is faster.
     """
     if config is not None:
-        if not serves[given]:
+        if given == hopper.name and not served:
             raise ValueError("config: is of the kernel for Hopper, which does not serve this call; leave it out")
-        return given, _given(first if given == first.name else second, config)
-    able = [template for template in (first, second) if serves[template.name]]
-    if len(able) == 1:
-        return able[0].name, find(_query(able[0], q, cache, **workload))
-    return find_either(_query(first, q, cache, **workload), _query(second, q, cache, **workload))
+        return given, _given(hopper if given == hopper.name else plain, config)
+    if not served:
+        return plain.name, find(_query(plain, q, cache, **workload))
+    return find_either(_query(hopper, q, cache, **workload), _query(plain, q, cache, **workload))
 
 
 def _query(template, q, cache, *, batch_size, kv_len, q_len, ragged=False, features="") -> dict:
@@ -99,7 +98,7 @@ def decode_call(
     extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     hopper = not deterministic and decode_hopper.serves(device_of(q).capability, q, cache, out, q_len=q_len, **extras)
     template, values = _either(
-        decode.TEMPLATE, decode_hopper.TEMPLATE, {"decode": True, "decode_hopper": hopper}, config, template, q, cache,
+        decode_hopper.TEMPLATE, decode.TEMPLATE, hopper, config, template, q, cache,
         q_len=q_len, features=_features(window, soft_cap, sinks), **workload,
     )  # fmt: skip
     if deterministic and config is None:
@@ -138,16 +137,7 @@ def _paged_prefill(
     workload = dict(batch_size=batch_size, kv_len=kv_len, q_len=q.shape[0] // batch_size, ragged=ragged,
                     features=_features(window, soft_cap, sinks))  # fmt: skip
     hopper = prefill_hopper.serves(device_of(q).capability, q, cache, out, **extras)
-    template, values = _either(
-        prefill_hopper.TEMPLATE,
-        prefill.TEMPLATE,
-        {"prefill": True, "prefill_hopper": hopper},
-        config,
-        template,
-        q,
-        cache,
-        **workload,
-    )
+    template, values = _either(prefill_hopper.TEMPLATE, prefill.TEMPLATE, hopper, config, template, q, cache, **workload)
     launches, options = (prefill_hopper.launches, {}) if template == "prefill_hopper" else (prefill.launches, extras)
     run(launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,

@@ -10,20 +10,21 @@ from pathlib import Path
 from ..errors import UsageError
 from .template import Template
 
-NAMES = ("decode", "decode_hopper", "prefill", "prefill_hopper", "append")
+OF_KERNEL = {"decode": ("decode", "decode_hopper"), "prefill": ("prefill", "prefill_hopper"), "append": ("append",)}
+NAMES = tuple(name for names in OF_KERNEL.values() for name in names)
 ENTRY_POINTS = "patune.templates"  # the group in which an installed package names its templates
 
 
 def candidates(
     kernel: str, capability: str | None, head_dim: int, page_size: int, rows: int = 1, wide: bool = True
 ) -> tuple[str, ...]:
-    """The templates that can run a kernel's calls of a shape on a GPU; where there are several, the table knows the faster one.
+    """The templates that can run a kernel's calls of a shape on a GPU, first the one to take where the table cannot tell.
 
     rows: a decode's queries for a KV head. wide: whether the cache has 16 bits a value, like the queries.
     """
     hopper = capability == "9.0" and head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256) and wide
     if hopper and (kernel == "prefill" or (kernel == "decode" and rows <= 16)):
-        return kernel, f"{kernel}_hopper"
+        return OF_KERNEL[kernel][::-1]
     return (kernel,)
 
 

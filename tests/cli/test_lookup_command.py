@@ -46,12 +46,22 @@ def test_lookup_answers_as_get_best_config(
     args += ["--kernel", kernel, "--q-heads-per-kv", group, "--db", tuned, *(["--ragged"] if ragged else [])]
     answer = json.loads(patune("lookup", "--head-dim", 128, "--page-size", 16, "--json", *args).stdout)
     monkeypatch.setenv("PATUNE_DB", str(tuned))
+    template = answer.pop("template")
+    assert template == (f"{kernel}_hopper" if gpu in ("h100", "h200") and kernel != "append" else kernel)
     expected = package.get_best_config(
-        kernel, head_dim=128, page_size=16, q_heads_per_kv=group, batch_size=batch_size, kv_len=kv_len,
+        template, head_dim=128, page_size=16, q_heads_per_kv=group, batch_size=batch_size, kv_len=kv_len,
         kv_heads=kv_heads, ragged=ragged, device_name=gpu and gpus.gpu(gpu).name,
         sm_count=gpus.gpu(gpu).sm_count if gpu else sm_count,
     )  # fmt: skip
     assert answer == {"config": dict(expected), "source": expected.source, "provenance": expected.provenance}
+
+
+def test_lookup_names_the_template_that_a_call_takes(patune):
+    """Of the two on an H100, by the table that ships: 16-bit decodes are the Hopper one's, of an fp8 cache the plain one's."""
+    decode = ("lookup", "--kernel", "decode", "--head-dim", 128, "--page-size", 16, "--q-heads", 32, "--kv-heads", 8,
+              "--batch-size", 8, "--kv-len", 8192, "--gpu", "h100")  # fmt: skip
+    assert patune(*decode).stdout.splitlines()[0] == "template: decode_hopper"
+    assert json.loads(patune(*decode, "--kv-dtype", "float8_e4m3fn", "--json").stdout)["template"] == "decode"
 
 
 def test_query_heads_and_kv_heads_give_the_group(patune, tuned):

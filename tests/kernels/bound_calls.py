@@ -487,7 +487,9 @@ def test_a_table_that_is_read_again_decides_anew(tmp_path, monkeypatch):
     before = unbound(arguments)
     key = dict(head_dim=64, page_size=16, q_heads_per_kv=4)
     config = {**CONFIG, "num_splits": 2, "num_warps": 2}
-    store_entries(tmp_path / "mine.db", [entry(**key, batch_size=2, kv_len=264, kv_heads=2, config=config)])
+    mine = entry(**key, batch_size=2, kv_len=264, kv_heads=2, config=config)
+    slower = {**mine, "kernel": "decode_hopper", "us": 2 * mine["us"]}  # what a call takes of this one alone
+    store_entries(tmp_path / "mine.db", [mine, slower])
     monkeypatch.setenv("PATUNE_DB", str(tmp_path / "mine.db"))
     assert launched(arguments) == before
     lookup.reload()
