@@ -13,6 +13,7 @@ FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEAD_DIM = 512
 MAX_PAGE_SIZE = 256
 MAX_HEAD_OFFSET = 1 << 31  # elements; the kernels' offsets over tokens and pages are 64-bit, over query heads 32-bit
+_environment = vars(os.environ)["_data"]  # which os.environ takes 0.6 us to say that something is not in
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when kernels are imported, and torch.compile cannot trace the knob
 
 
@@ -161,7 +162,7 @@ def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
 
 
 def values_are_checked() -> bool:
-    return os.environ.get("PATUNE_CHECK") == "1"
+    return _environment.get(b"PATUNE_CHECK") == b"1"
 
 
 def check_values(
@@ -177,7 +178,7 @@ def check_values(
     positions: torch.Tensor | None = None,
 ) -> None:
     """Under PATUNE_CHECK=1: the page table's values, at the price of a host sync. Off, the kernels trust them."""
-    if not values_are_checked() or kv_indptr.device.type == "meta" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not values_are_checked() or kv_indptr.device.type == "meta":
         return
     starts, pages = kv_indptr.tolist(), cache.k.shape[0]
     if starts[0] < 0:
