@@ -12,6 +12,7 @@ nothing on the device but allocate scratch, whose contents no launch relies on, 
 import copy
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from .template import Launch
 
 MAX_BOUND = 256  # keys; the length of kv_indices, and so the key, changes as a server's sequences grow, the config seldom
 MAX_MAPS = 256  # tensor maps kept of an argument: a model has a pool a layer
+LONG_RUN = 12  # constants in a row that are quicker to pass as one tuple: 0.25 us of the 2 that two launches' arguments take
 SCRATCH_ALIGNMENT = 128  # bytes: a cache line, and a multiple of the 16 that Triton specialises pointers on
 PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}  # another class may give an operator another meaning
 IMMUTABLE = (type(None), bool, int, float, str, Config)
@@ -139,7 +141,8 @@ def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
             origins[_storage(x)] = scratch, scratch_bytes
             scratch_bytes += ceil_div(x.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
         source, start = origins[_storage(x)]
-        return _Later(f"pointers[{source}] + {start + x.storage_offset() * x.element_size()}")
+        offset = start + x.storage_offset() * x.element_size()
+        return _Later(f"pointer_{source} + {offset}" if offset else f"pointer_{source}")
 
     launches, entries = call.build(*apart), []
     for launch, kernel in zip(launches, kernels, strict=True):
@@ -159,7 +162,8 @@ def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
             return None
         entries.append(entry)
     like = next(x for x in call.tensors if x is not None)
-    return Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, _write(entries))
+    launch_all = _write(entries, scratch + (scratch_bytes > 0))
+    return Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, launch_all)
 
 
 def forget() -> None:
@@ -250,22 +254,39 @@ def _expanded(descriptor: TensorDescriptor, expand: Callable[[Any, Any], list], 
     return _Later(descriptor.base.source, at)
 
 
-def _write(entries: list[tuple[Callable[..., None], tuple]]) -> Callable[[list[int], int], None]:
-    """The launches as one function, written out like the binder of Triton's JIT: a loop over arguments takes twice as long."""
+def _write(entries: list[tuple[Callable[..., None], tuple]], pointers: int) -> Callable[[list[int], int], None]:
+    """The launches as one function, written out like the binder of Triton's JIT: a loop over arguments takes twice as long.
+
+    pointers: how many it is given.
+    """
     constants: dict[str, Any] = {}
 
-    def text(value: Any) -> str:
-        if isinstance(value, _Later):
-            return f"*{text(value.expand)}({value.source})" if value.expand else value.source
-        if isinstance(value, tuple) and any(isinstance(x, _Later) for x in value):
-            return f"({''.join(f'{text(x)}, ' for x in value)})"
+    def constant(value: Any) -> str:
         name = f"constant_{len(constants)}"
         constants[name] = value
         return name
 
-    lines = [f"    {text(function)}({', '.join(map(text, arguments))})" for function, arguments in entries]
-    exec(_compiled("\n".join(["def launch(pointers, stream):", *lines, "    return"])), constants)
+    def text(value: Any) -> str:
+        if isinstance(value, _Later):
+            return f"*{constant(value.expand)}({value.source})" if value.expand else value.source
+        return f"({listed(value)},)" if _waits(value) else constant(value)
+
+    def listed(values: tuple) -> str:
+        parts: list[str] = []
+        for waits, run in itertools.groupby(values, _waits):
+            together = tuple(run)
+            parts += map(text, together) if waits or len(together) < LONG_RUN else [f"*{constant(together)}"]
+        return ", ".join(parts)
+
+    given = [f"    {''.join(f'pointer_{i}, ' for i in range(pointers))} = pointers"]
+    lines = [f"    {text(function)}({listed(arguments)})" for function, arguments in entries]
+    exec(_compiled("\n".join(["def launch(pointers, stream):", *given, *lines, "    return"])), constants)
     return constants["launch"]
+
+
+def _waits(value: Any) -> bool:
+    """Whether an argument, or a part of one, comes later."""
+    return isinstance(value, _Later) or (isinstance(value, tuple) and any(isinstance(x, _Later) for x in value))
 
 
 @functools.lru_cache(MAX_BOUND)
