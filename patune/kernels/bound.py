@@ -16,6 +16,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import itemgetter
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ import torch
 import triton
 from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
+from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import peek_interpreter_stack
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -90,17 +92,24 @@ def find(*arguments: Any) -> tuple[tuple, list[int], Bound | None] | None:
         return None
     tensors = kinds.tensors(arguments)
     try:
-        device = driver.active.get_current_device()
+        device, grad = driver.active.get_current_device(), torch.is_grad_enabled()
+        host = lookup.table(), device, grad, kinds.others(arguments)
         pointers = [x.data_ptr() for x in tensors]
+        offsets = [p & 15 for p in pointers]
+        last = kinds.last
+        if last and host == last.host and offsets == last.offsets and last.alike(*tensors):
+            return last.key, pointers, last.bound
         facts = tuple(
-            [(p & 15, x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg(), x.requires_grad) for p, x in zip(pointers, tensors)]
+            [(p, x.shape, x.stride(), x.dtype, x.get_device(), x.is_neg(), x.requires_grad) for p, x in zip(offsets, tensors)]
         )
     except RuntimeError:  # no GPU, or a tensor without strides or data
         return None
-    grad = torch.is_grad_enabled()
-    key = lookup.table(), kinds, kinds.others(arguments), device, grad, facts
+    key = kinds, host, facts
     bound = _bound.get(key)
-    if bound is None and (key in _bound or any(on != device or negated or (grad and wanted) for *_, on, negated, wanted in facts)):
+    if bound is not None:
+        alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        kinds.last = _Last(host, offsets, alike, key, bound)
+    elif key in _bound or any(on != device or negated or (grad and wanted) for *_, on, negated, wanted in facts):
         return None
     return key, pointers, bound
 
@@ -168,6 +177,8 @@ def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
 
 def forget() -> None:
     """Unbind everything."""
+    for kinds, *_ in list(_bound):
+        kinds.last = None
     _bound.clear()
     _of_config.clear()
 
@@ -182,11 +193,23 @@ def _without_length(key: tuple, call: Call) -> tuple:
     return *others, facts[:i], alignment, 0 in shape, *rest, facts[i + 1 :], call.config  # of an empty tensor no pointer is kept
 
 
-class _Kinds(NamedTuple):
+class _Last(NamedTuple):
+    """A call that was found by its key, and what another one with this key is known by in a third of the time."""
+
+    host: tuple
+    offsets: list[int]
+    alike: Callable[..., bool]  # of tensors: all other facts in one C call; may deny it, for one that occurs twice, never err
+    key: tuple
+    bound: Bound
+
+
+@dataclass(slots=True, eq=False)
+class _Kinds:
     """Takes the tensors, or the others, out of a call's arguments."""
 
     tensors: itemgetter
     others: itemgetter
+    last: _Last | None = None  # of the calls whose arguments are of these types
 
 
 @functools.lru_cache(MAX_BOUND)
