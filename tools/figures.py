@@ -9,22 +9,29 @@ import math
 import re
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from transfer import Loss, losses, table_of
+
 from patune.cachedb import landscape
+from patune.cachedb.match import Table
 from patune.kernels.registry import template
 from patune.workload import Workload
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "h100"
+GPUS = (RESULTS, *sorted(path for path in RESULTS.parent.iterdir() if path.is_dir() and path != RESULTS))
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def race_table(mode: str) -> str:
-    """The last races of a mode: microseconds of patune and of the best peer in each case."""
+def race_table(mode: str, results: Path = RESULTS) -> str:
+    """The last races of a mode: microseconds of patune and of the best peer in each case; nothing where none ran."""
     rows = [
-        row for file in sorted(RESULTS.glob(f"referee-{mode}*.json"), reverse=True) for row in json.loads(file.read_text())["rows"]
+        row for file in sorted(results.glob(f"referee-{mode}*.json"), reverse=True) for row in json.loads(file.read_text())["rows"]
     ]
+    if not rows:
+        return ""
     share = "of the streaming floor" if mode == "decode" else "TFLOP/s"
     lines = [f"| {mode} | patune µs | {share} | best peer µs | peer | speedup |", "|---|--:|--:|--:|---|--:|"]
     ratios = []
@@ -103,10 +110,7 @@ def search_table() -> str:
     document = json.loads((RESULTS / "search.json").read_text())
     lines = ["| key | workloads | after | patune | random | patune saves of the possible |", "|---|--:|--:|--:|--:|--:|"]
     for part in document["keys"]:
-        key = part["key"]
-        name = f"{key['kernel']} d{key['head_dim']} p{key['page_size']}"
-        name += "" if key["kernel"] == "append" else f" group {key['q_heads_per_kv']}"
-        name += "" if key["kv_dtype"] == key["q_dtype"] else " fp8 KV"
+        name = _key_name(part["key"])
         for n in ("16", "32", "64"):
             mine, random = part["patune"][n], part["random"][n]
             lines.append(
@@ -115,6 +119,12 @@ def search_table() -> str:
             )
             name = ""
     return "\n".join([*lines, "", f"{document['seeds']} seeds each."])
+
+
+def _key_name(key: dict) -> str:
+    name = f"{key['kernel']} d{key['head_dim']} p{key['page_size']}"
+    name += "" if key["kernel"] == "append" else f" group {key['q_heads_per_kv']}"
+    return name + ("" if key["kv_dtype"] == key["q_dtype"] else " fp8 KV")
 
 
 def ablation_table() -> str:
@@ -160,19 +170,22 @@ def autotune_table() -> str:
     return "\n".join([*lines, "", " ".join(said)])
 
 
-def landscape_line() -> str:
-    recorded = landscape.load(RESULTS / "landscape.json.gz")
-    keys = recorded.keys()
-    sizes = [len(recorded.trials(key, workload)) for key in keys for workload in recorded.workloads(key)]
-    return (
-        f"The landscape that ships has {sum(sizes):,} trials, every valid config of {len(sizes)} workloads of {len(keys)} keys, "
-        f"measured on one {recorded.environment.gpu} on {recorded.recorded[:10]} (commit {recorded.commit[:10]})."
-    )
+def landscape_lines() -> str:
+    lines = ["Landscapes that ship, each with every valid config of its workloads:", ""]
+    for recorded in (landscape.load(results / "landscape.json.gz") for results in GPUS):
+        keys = recorded.keys()
+        sizes = [len(recorded.trials(key, workload)) for key in keys for workload in recorded.workloads(key)]
+        lines.append(
+            f"- {sum(sizes):,} trials of {len(sizes)} workloads of {len(keys)} keys, measured on one {recorded.environment.gpu} "
+            f"on {recorded.recorded[:10]} (commit {recorded.commit[:10]})"
+        )
+    return "\n".join(lines)
 
 
-def measured(step: str) -> dict:
+def measured(step: str, results: Path = RESULTS) -> dict | None:
     """The run that the files of a step come from: the last one that made it."""
-    return [run for run in json.loads((RESULTS / "provenance.json").read_text())["runs"] if step in run["steps"]][-1]
+    runs = [run for run in json.loads((results / "provenance.json").read_text())["runs"] if step in run["steps"]]
+    return runs[-1] if runs else None
 
 
 MEASURED = {  # step -> the templates whose times it has; one that came after the run is in none of its hashes
@@ -184,10 +197,11 @@ MEASURED = {  # step -> the templates whose times it has; one that came after th
 }
 
 
-def provenance_lines() -> str:
+def provenance_lines(results: Path = RESULTS) -> str:
     lines = []
     for step, templates in MEASURED.items():
-        run = measured(step)
+        if (run := measured(step, results)) is None:
+            continue
         hashes = ", ".join(f"{name} {run['source_hash'][name]}" for name in templates if name in run["source_hash"])
         lines.append(
             f"- {step}: one {run['gpu']} ({run['sm_count']} SMs, driver {run['driver']}), torch {run['torch']}, "
@@ -249,6 +263,34 @@ def fp8_table() -> str:
     return "\n".join(lines)
 
 
+def other_gpus() -> str:
+    """The GPUs besides the H100, a section each: races, and what its calls lose with another GPU's table; nothing without one."""
+    sections = []
+    for results in GPUS[1:]:
+        recorded = landscape.load(results / "landscape.json.gz")
+        parts = [f"## {recorded.environment.gpu}", race_table("decode", results), race_table("prefill", results)]
+        sections += [part for part in (*parts, transfer_table(results, recorded), provenance_lines(results)) if part]
+    return "\n\n".join(sections)
+
+
+def transfer_table(results: Path, recorded: landscape.Landscape) -> str:
+    """Times on this GPU, over its best, of what its own table, every other GPU's and the rule take, in the geometric mean."""
+    tables = {path.stem: table_of(path / "table.db") for path in (results, *(path for path in GPUS if path != results))}
+    found = {name: list(losses(table, recorded)) for name, table in {**tables, "rule": Table([])}.items()}
+    lines = [f"| call | workloads | {' | '.join(found)} |", f"|---|--:|{'--:|' * len(found)}"]
+    for key in dict.fromkeys(loss.key for loss in found["rule"]):
+        of = [[loss for loss in column if loss.key == key] for column in found.values()]
+        lines.append(f"| {_key_name(asdict(key))} | {len(of[0])} | {' | '.join(map(_lost, of))} |")
+    said = "Time over the best recorded on this GPU: geometric mean (worst), by the table that the calls take their configs from"
+    return "\n".join([f"{said}.", "", *lines, f"| all | {len(found['rule'])} | {' | '.join(map(_lost, found.values()))} |"])
+
+
+def _lost(column: list[Loss]) -> str:
+    ratios = [loss.us / loss.best_us for loss in column if loss.us]
+    absent = f", {len(column) - len(ratios)} not recorded" if len(ratios) < len(column) else ""
+    return f"×{statistics.geometric_mean(ratios):.3f} (×{max(ratios):.2f}){absent}" if ratios else "not recorded"
+
+
 FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: prefill_table((128, 16)),
@@ -264,7 +306,8 @@ FIGURES = {
     "search": search_table,
     "ablation": ablation_table,
     "autotune": autotune_table,
-    "landscape": landscape_line,
+    "landscapes": landscape_lines,
+    "other gpus": other_gpus,
     "provenance": provenance_lines,
 }
 
@@ -278,7 +321,8 @@ def rendered(text: str) -> str:
 
 def stale_kernels() -> set[str]:
     """Kernels whose source is not the one that results/ was measured with; figures of the search are of the landscape's kernels."""
-    pairs = [(name, measured(step)["source_hash"].get(name)) for step, names in MEASURED.items() for name in names]
+    runs = [(names, run) for results in GPUS for step, names in MEASURED.items() if (run := measured(step, results))]
+    pairs = [(name, run["source_hash"].get(name)) for names, run in runs for name in names]
     stale = {name for name, value in pairs if value not in (None, template(name).source_hash)}
     recorded = landscape.load(RESULTS / "landscape.json.gz")
     hashes = {key.kernel: recorded.source_hash(key) for key in recorded.keys()}

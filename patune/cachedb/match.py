@@ -37,7 +37,7 @@ def find(entries: Iterable[Entry], query: Mapping[str, Any]) -> tuple[Entry | No
     """The entry for a query and how it came: "measured", "nearest", "transferred", or (None, "default").
 
     The device decides first: the same name, else the same SM count, else the nearest SM count of the same compute
-    capability. Then the workload: the same, else the nearest one.
+    capability; of those the same model, such as an H200 SXM for an H200 NVL. Then the workload: the same, else the nearest one.
     """
     return Table(entries).find(query)
 
@@ -111,8 +111,12 @@ def name_words(device_name: str | None) -> list[str]:
     return (device_name or "").lower().replace("-", " ").split()
 
 
+def _model(device_name: str | None) -> str | None:
+    return next((word for word in name_words(device_name) if word in ARCHITECTURES), None)
+
+
 def _architecture(device_name: str | None) -> str | None:
-    return next((ARCHITECTURES[word] for word in name_words(device_name) if word in ARCHITECTURES), None)
+    return ARCHITECTURES.get(_model(device_name) or "")
 
 
 def _search(
@@ -129,6 +133,8 @@ def _search(
     if sm_count is not None:
         away = min(_octaves(e["sm_count"], sm_count) for e in near)
         near = [e for e in near if _octaves(e["sm_count"], sm_count) == away]
+    if model := _model(device_name):
+        near = [e for e in near if _model(e["gpu"]) == model] or near
     entry = min(
         near,
         key=lambda e: (_differs(e, workload), _distance(e, workload), _tie_break(e)),

@@ -99,9 +99,9 @@ def query_for(kernel: str, **sizes: Any) -> dict:
     return query
 
 
-def find(query: dict) -> Config:
-    """get_best_config for a query that is already complete and valid; what the kernels call."""
-    return _answer(query, *lookup.table().find(query))
+def find(query: dict, *, table: lookup.Table | None = None) -> Config:
+    """get_best_config for a query that is already complete and valid; what the kernels call. table: in place of this process's."""
+    return _answer(query, *(table or lookup.table()).find(query))
 
 
 def _answer(query: dict, entry: dict | None, source: str) -> Config:
@@ -112,9 +112,9 @@ def _answer(query: dict, entry: dict | None, source: str) -> Config:
     return Config(values, source, lookup.provenance(entry))
 
 
-def find_either(first: dict, second: dict) -> tuple[str, Config]:
+def find_either(first: dict, second: dict, *, table: lookup.Table | None = None) -> tuple[str, Config]:
     """The kernel to take for a call that two can do: the faster one if the table has both for one workload, else the first."""
-    found = [(query, *lookup.table().find(query)) for query in (first, second)]
+    found = [(query, *(table or lookup.table()).find(query)) for query in (first, second)]
     (_, a, _), (_, b, _) = found
     same = a and b and all(a[field] == b[field] for field in ("gpu", *lookup.WORKLOAD_FIELDS))
     query, entry, source = found[bool(a and b and same and b["us"] < a["us"])]

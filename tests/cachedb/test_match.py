@@ -57,6 +57,14 @@ def test_a_gpu_without_entries_takes_those_of_its_sm_count():
     assert find(entries, query(device_name=H200)) == (entries[1], "transferred")
 
 
+@pytest.mark.parametrize("gpu", [H100, H200])
+def test_of_two_gpus_of_its_sm_count_another_board_takes_the_entries_of_its_model(gpu):
+    model = gpu.split()[1]
+    entries = [entry(gpu=H100), entry(gpu=H200)]
+    assert find(entries, query(device_name=f"NVIDIA {model} NVL"))[0]["gpu"] == gpu
+    assert find(entries, query(device_name=f"NVIDIA {model} NVL", sm_count=None))[0]["gpu"] == gpu
+
+
 def test_the_sm_count_is_enough_where_the_device_name_is_unknown():
     assert find([entry()], query(device_name=None)) == (entry(), "measured")
     assert find([entry()], query(device_name=None, capability=None, kv_len=100)) == (
