@@ -310,7 +310,7 @@ def _attention(
 
 
 def _out(q: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(*q.shape)  # a torch.Size is read as a sequence: 1 us more
+    return q.new_empty(*q.shape)  # a torch.Size is read as a sequence: 0.8 us more
 
 
 def _lse(q: torch.Tensor) -> torch.Tensor:
