@@ -14,7 +14,7 @@ from .bound import Call, remember
 from .cache import paged_cache
 from .config import find, find_either
 from .device import device_of
-from .indices import get_batch_indices_positions
+from .indices import place_launch
 from .template import Launch, Template, Values
 
 _library = torch.library.Library("patune", "DEF")
@@ -164,23 +164,26 @@ def _paged_attention_with_cache(
     kv_layout, num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, window, soft_cap, sinks, k_scale, v_scale,
     k_factor, v_factor,
 ):  # fmt: skip
-    page_size = kv_cache.shape[-2 if kv_layout == "HND" else -3]
-    if batch_indices is None:
-        pages = kv_indptr[1:] - kv_indptr[:-1]
-        seq_lens = torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
-        batch_indices, positions = get_batch_indices_positions(qo_indptr, seq_lens, q.shape[0])
+    page_size, tokens = kv_cache.shape[-2 if kv_layout == "HND" else -3], q.shape[0]
+    if batch_indices is None and tokens and num_prefill + num_decode:
+        batch_indices, positions = q.new_empty((2, tokens), dtype=torch.int32)
+        run([place_launch(qo_indptr, kv_indptr, kv_last_page_len, batch_indices, positions, page_size)], q)
     _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
             k_factor, v_factor, None)  # fmt: skip
     out = q.new_empty(q.shape)
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
     options = (window, soft_cap, sinks, k_scale, v_scale, v_factor)
-    kv_len = _mean_kv_len(kv_indices, kv_indptr, page_size)
+    # Of the pages in use the host knows the sum alone. A prompt has at least its new tokens; the decodes have what is left.
+    mean = _mean_kv_len(kv_indices, kv_indptr, page_size)
+    of_prefill = max(mean, n // max(1, num_prefill))
+    of_decode = (kv_indices.shape[0] * page_size - num_prefill * of_prefill) // max(1, num_decode)
     _paged_prefill(q[:n], kv_cache, v_cache, qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1],
                    kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
-                   *options, None, kv_len=kv_len)  # fmt: skip
+                   *options, None, kv_len=of_prefill)  # fmt: skip
     _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
-                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len=kv_len)  # fmt: skip
-    out[end:].zero_()
+                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len=max(1, of_decode))  # fmt: skip
+    if end < tokens:
+        out[end:].zero_()
     return out
 
 

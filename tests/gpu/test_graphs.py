@@ -1,5 +1,7 @@
 """CUDA graphs and streams: a captured call is right for whatever its tensors hold when it is replayed."""
 
+from collections import Counter
+
 import pytest
 import torch
 from paged import assert_close
@@ -147,6 +149,34 @@ def test_one_captured_mixed_step_is_right_for_any_lengths_up_to_its_bounds():
         assert outputs[-1][202:].eq(0).all()
         last_page = b.kv_indices[b.kv_indptr[1] - 1].long()
         assert torch.equal(b.kv_cache[last_page, 0, :, int(b.kv_last_page_len[0]) - 1], k[199])
+
+
+def test_a_mixed_step_runs_the_kernels_of_its_parts_and_one_that_places_its_tokens():
+    """A small kernel costs a graph more than a microsecond."""
+    b = Buffers(Real((4096, 4096, 4096), (200, 1, 1)))  # all alike: the step knows the lengths' mean alone, and takes these configs
+    k = torch.ones(202, 8, 128, device="cuda", dtype=torch.bfloat16)
+    indices, positions = patune.get_batch_indices_positions(b.qo_indptr, b.seq_lens, 202)
+    (pages, indptr, last), out, own = b.table, torch.empty_like(b.q), 4096 // b.case.page_size
+    of_prefill, of_decode = (pages[:own], indptr[:2], last[:1]), (pages[own:], indptr[1:] - own, last[1:])
+
+    def parts():
+        patune.append_paged_kv_cache(k, k, indices, positions, b.kv_cache, *b.table)
+        patune.paged_prefill(b.q[:200], b.kv_cache, b.qo_indptr[:2], *of_prefill, max_q_len=200, out=out[:200])
+        patune.paged_decode(b.q[200:], b.kv_cache, *of_decode, out=out[200:])
+
+    def whole():
+        options = dict(num_prefill=1, num_decode=2, max_q_len=200)
+        patune.paged_attention_with_cache(b.q, k, k, b.kv_cache, b.qo_indptr, *b.table, **options)
+
+    ran = []
+    for call in (parts, whole):
+        call()  # compiles
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        ran.append(Counter(event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA))
+    assert ran[1] - ran[0] == {"place_tokens": 1} and not ran[0] - ran[1]
 
 
 def test_a_captured_append_writes_where_its_tensors_say():

@@ -4,11 +4,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from launching import to_meta
 from paged import Batch, Case, assert_close, limit
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import patune
+from patune.kernels import ops
+from patune.kernels.config import find
+from patune.kernels.indices import place_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -116,6 +121,58 @@ def test_positions_computed_once_serve_every_layer():
         step = Step(case, 1, padding)
         indices, positions = patune.get_batch_indices_positions(step.batch.qo_indptr, step.batch.seq_lens, len(step.q))
         check_step(step, batch_indices=indices, positions=positions)
+
+
+@settings(max_examples=30)
+@given(
+    lengths=st.lists(st.tuples(st.sampled_from((0, 1, 1, 2, 40)), st.integers(0, 40)), min_size=1, max_size=140),
+    padding=st.integers(0, 70), page_size=st.sampled_from((1, 16, 48)),
+)  # fmt: skip
+def test_a_step_places_its_tokens_as_get_batch_indices_positions_does(lengths, padding, page_size):
+    """For any sequences, some without new tokens or without pages, and padding rows behind them."""
+    batch = Batch(Case(tuple(q for q, _ in lengths), tuple(n for _, n in lengths), head_dim=16, page_size=page_size), DEVICE)
+    tokens = sum(q for q, _ in lengths) + padding
+    want = patune.get_batch_indices_positions(batch.qo_indptr, batch.seq_lens, tokens)
+    got = [torch.full_like(x, -7) for x in want]
+    if tokens:
+        place_launch(batch.qo_indptr, *batch.pages[1:], *got, page_size).run()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators of torch that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_launches_its_parts_and_one_kernel_that_places_its_tokens(launched):
+    """And between them torch only makes views and allocates: a small kernel costs a graph more than a microsecond."""
+    batch = to_meta(Batch(Case((5, 7, 1, 1), (5, 40, 33, 20)), "cpu"))
+    k = batch.q[:, :2]
+    with Seen() as seen:
+        ops._paged_attention_with_cache(
+            batch.q, k, k, batch.kv_cache, None, batch.qo_indptr, *batch.pages, None, None, 0.1, "HND", 2, 2, 12, 7, None,
+            None, None, None, None, None, 1.0, 1.0,
+        )  # fmt: skip
+    assert seen.names <= {"new_empty", "empty", "unbind", "slice", "select", "view", "detach"}
+    names = [launch.fn.__name__ for launch in launched]
+    assert names == ["place_tokens", "append_kv", "prefill_attention", "decode_split"]  # too short to be split
+
+
+def test_a_step_takes_configs_for_what_the_host_knows_of_its_parts(launched, monkeypatch):
+    """A prompt has at least its new tokens, the decodes share what is left of the pages."""
+    queries = []
+    monkeypatch.setattr(ops, "find", lambda query: queries.append(query) or find(query))
+    Step(Case((160, *[1] * 20), (160, *[16] * 20)), 1).run()
+    of = {query["kernel"]: query for query in queries}
+    assert (of["prefill"]["kv_len"], of["prefill"]["q_len"]) == (160, 160)
+    assert (of["decode"]["kv_len"], of["decode"]["batch_size"]) == (16, 20)
 
 
 def test_num_prefill_tokens_defaults_to_all_rows_but_the_decodes():

@@ -13,6 +13,7 @@ from triton.runtime import driver
 
 from patune.cachedb import lookup
 from patune.kernels import ops  # noqa: F401  registers the operators
+from patune.kernels.indices import place_launch
 from patune.kernels.template import Launch
 from patune.tuner.compile import _NoGpu
 
@@ -61,6 +62,11 @@ def append(cache, tokens: int, by: int = 0) -> None:
     )
 
 
+def place(batch_size: int, tokens: int, by: int = 0) -> None:
+    starts, lengths, places = i32(range(batch_size + 1)), i32([1] * batch_size), i32([0] * tokens)
+    place_launch(*(offset(x, by) for x in (starts, starts, lengths, places, places)), PAGE_SIZE).run()
+
+
 def streams(cache) -> dict:
     """Calls by the name of the law that they put to the test."""
     return {
@@ -75,6 +81,7 @@ def streams(cache) -> dict:
         "prefill batch": [lambda b=b: prefill(cache, [7] * b, 100) for b in (1, 2, 3, 16, 100)],
         "prefill alignment": [lambda by=by: prefill(cache, [7, 9], 100, by) for by in range(5)],
         "append tokens": [lambda n=n, by=by: append(cache, n, by) for n in (1, 2, 16, 17, 1000) for by in (0, 1)],
+        "mixed placing": [lambda n=n, by=by: place(n, 2 * n, by) for n in (1, 2, 16, 17, 300) for by in (0, 1)],
     }
 
 
