@@ -1,7 +1,7 @@
 """Where each new token goes: its sequence and its position. No host sync.
 
-In plain torch for who asks, so that a compiler sees through it; in one kernel for a mixed batch, where torch's many small ones would
-take longer than the append that they serve.
+In plain torch for who asks, so that a compiler sees through it; in one kernel for a mixed batch, where torch's many small ones
+would take longer than the append that they serve.
 """
 
 import torch
