@@ -194,6 +194,7 @@ MEASURED = {  # step -> the templates whose times it has; one that came after th
     "tune-prefill": ("prefill", "prefill_hopper"),
     "referee-prefill": ("prefill", "prefill_hopper"),
     "referee-prefill-heads": ("prefill", "prefill_hopper"),
+    "mixed": ("append", "prefill", "prefill_hopper", "decode", "decode_hopper"),
 }
 
 
@@ -208,6 +209,20 @@ def provenance_lines(results: Path = RESULTS) -> str:
             f"triton {run['triton']}, {run['date'][:10]}, commit {run['commit'][:10]}, kernel hashes {hashes}"
         )
     return "\n".join(lines)
+
+
+def mixed_table() -> str:
+    """A mixed batch beside its parts run alone; nothing until that was measured."""
+    path = RESULTS / "mixed.json"
+    if not path.exists():
+        return ""
+    document = json.loads(path.read_text())
+    lines = ["| prompts + decodes | append µs | prefill µs | decode µs | mixed µs | over its parts |", "|---|--:|--:|--:|--:|--:|"]
+    for name, found in document["mixes"].items():
+        times = " | ".join(f"{found['us'][part]:.1f}" for part in ("append", "prefill", "decode", "whole"))
+        lines.append(f"| {name} | {times} | ×{found['over_parts']['whole']:.3f} |")
+    said = f"{document['model']}; a prompt `of` so many tokens is a chunk behind a cached prefix."
+    return "\n".join([*lines, "", f"{said} One {document['gpu']}, {document['date'][:10]}, commit {document['commit'][:10]}."])
 
 
 def technique_table(kernel: str) -> str:
@@ -302,6 +317,7 @@ FIGURES = {
     "decode timeline": timeline_table,
     "decode reads": reads_table,
     "fp8": fp8_table,
+    "mixed": mixed_table,
     "run": run_table,
     "search": search_table,
     "ablation": ablation_table,

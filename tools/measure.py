@@ -31,6 +31,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
     agreement = [sys.executable, str(ROOT / "tools/agreement.py"), str(out / "run.json"), str(out / "run-other.json")]
     autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
+    mixed = [sys.executable, str(ROOT / "tools/mixed.py"), str(out / "mixed.json")]
     # -v: a run that is cut short has named what failed
     tests = [sys.executable, "-m", "pytest", "-v", "-rs", "--durations=5", "-p", "no:cacheprovider"]
     parallel = [f"--ignore={PLANTED}", "-n", str(args.workers), "--dist", "worksteal"]
@@ -47,6 +48,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
         "run-again": (run, "run-again.json", 60),
         "run-other": ([*tune, str(out / "run-other.db"), "--seed", "1"], "run-other.json", 120),
         "run-agreement": (agreement, "run-agreement.txt", 60),
+        "mixed": ([*mixed, "--commit", args.commit], "mixed.txt", 180),
         "autotune": ([*autotune, "--seconds", "300", "--commit", args.commit], "autotune.txt", 540),
     }
 
