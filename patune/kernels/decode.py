@@ -17,7 +17,7 @@ from .defaults import SPLITS, adapt, default_config, query_of
 from .device import supports_pdl
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
-from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
+from .sizes import MAX_GRID_Y, ceil_div, exceeds_registers, next_power_of_2
 from .template import Launch, Template, Values
 
 MIN_SHARE = tl.constexpr(128)  # tokens of a share that follows from its own sequence alone
@@ -339,8 +339,7 @@ def launches(
     batch_size, q_heads, head_dim = kv_indptr.shape[0] - 1, q.shape[1], q.shape[2]
     group, num_splits = q_heads // cache.kv_heads, config["num_splits"]
     rows = group * q_len
-    block_m = min(max(16, next_power_of_2(rows)), 64)
-    block_d = max(16, next_power_of_2(head_dim))
+    block_m, block_d = rows_a_program(rows, head_dim), max(16, next_power_of_2(head_dim))
     # share_size() says why there are at most this many; one sequence has exactly num_splits
     shares = num_splits * batch_size + (batch_size - 1 if num_splits > 1 and not own_shares else 0)
     if max(shares, batch_size * q_len) > MAX_GRID_Y:
@@ -380,6 +379,11 @@ def launches(
     return [split, reduce]
 
 
+def rows_a_program(rows: int, head_dim: int) -> int:
+    """BLOCK_M for the queries of a KV head: all of them, as far as the registers hold their accumulators."""
+    return min(max(16, next_power_of_2(rows)), 32 if head_dim > 256 else 64)
+
+
 def own_splits(kv_heads: int) -> int:
     """The most shares of a sequence where it is cut by its own length alone: 16 of 8 KV heads are a program an SM."""
     return min(32, max(16, 128 // kv_heads))
@@ -391,8 +395,10 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     row_bytes = max(16, next_power_of_2(key.head_dim)) * (1 if "float8" in key.kv_dtype else 2)
     if 2 * stages * block_n * row_bytes > 227 * 1024:  # an H100's; the compiled kernel tells it exactly
         return "tiles in flight exceed shared memory"
-    if warps * 8 > block_n * (1 if warps == 8 else 2):
-        return "too few keys a warp"  # 8 warps on 32 keys won nothing either
+    if exceeds_registers(rows_a_program(key.q_heads_per_kv * workload.q_len, key.head_dim), block_n, key.head_dim, warps):
+        return "the accumulator and a tile exceed the registers"
+    if key.head_dim <= 256 and warps * 8 > block_n * (1 if warps == 8 else 2):
+        return "too few keys a warp"  # 8 warps on 32 keys won nothing either; at head_dim 512 they are needed for the columns
     if splits > 1 and splits * block_n > workload.kv_len:
         return "less than a tile a share"
     programs = workload.batch_size * workload.kv_heads

@@ -13,7 +13,7 @@ from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
-from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
+from .sizes import MAX_GRID_Y, ceil_div, exceeds_registers, next_power_of_2
 from .template import Launch, Template, Values
 
 
@@ -169,8 +169,8 @@ def prefill_attention(
 
 
 TUNABLES = {
-    "BLOCK_M": (32, 64, 128),  # query tokens a program
-    "BLOCK_N": (32, 64, 128),  # KV tokens a tile
+    "BLOCK_M": (16, 32, 64, 128),  # query tokens a program
+    "BLOCK_N": (16, 32, 64, 128),  # KV tokens a tile
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
 }
@@ -211,8 +211,10 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     row_bytes = max(16, next_power_of_2(key.head_dim)) * 2
     if (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 + block_m * row_bytes:  # q may live in registers
         return "tiles in flight exceed shared memory"
-    if (block_m == 32) != (key.head_dim > 256):
-        return "32 rows are all that the registers hold at head_dim 512, and too few for wgmma elsewhere"
+    if (block_m <= 32) != (key.head_dim > 256) or (block_n == 16 and key.head_dim <= 256):
+        return "16 and 32 rows are all that the registers hold at head_dim 512, and too few for wgmma elsewhere, as are 16 keys"
+    if exceeds_registers(block_m, block_n, key.head_dim, warps):
+        return "the accumulator and a tile exceed the registers"
     if 32 < block_m < 16 * warps:
         return "fewer than 16 rows a warp"
     if block_m * row_bytes * 2 // (32 * warps) > 1024:  # bytes of fp32 accumulator a thread; 255 registers hold 1020

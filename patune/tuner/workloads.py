@@ -4,7 +4,7 @@ from ..models import Shape
 from ..workload import Workload
 
 # (kernel, shape): llama-3.1-8b at two page sizes and with an fp8 cache, gpt-oss, llama-3.1-70b whole and split over 8 GPUs,
-# llama-2-7b (a KV head for every query head), gemma-3-12b.
+# llama-2-7b (a KV head for every query head), gemma-3-12b, and head_dim 512.
 TARGETS = [
     ("decode", Shape(32, 8, 128, 16)),
     ("decode", Shape(32, 8, 128, 64)),
@@ -14,10 +14,12 @@ TARGETS = [
     ("decode", Shape(8, 1, 128, 16)),
     ("decode", Shape(32, 32, 128, 16)),
     ("decode", Shape(16, 8, 256, 32)),
+    ("decode", Shape(16, 2, 512, 16)),
     ("prefill", Shape(32, 8, 128, 16)),
     ("prefill", Shape(32, 8, 128, 64)),
     ("prefill", Shape(64, 8, 64, 16)),
     ("prefill", Shape(16, 8, 256, 32)),
+    ("prefill", Shape(16, 2, 512, 16)),
     ("append", Shape(32, 8, 128, 16)),
     ("append", Shape(64, 8, 64, 16)),
 ]

@@ -1,8 +1,15 @@
 """The default configs compile for GPUs that are not there, within shared memory and registers."""
 
+from dataclasses import asdict
+
+import pytest
 from compile_configs import compile_all
 
+from patune.kernels.registry import template
 from patune.tuner.compile import SHARED_BYTES
+from patune.tuner.space import valid_points, variant
+from patune.tuner.workloads import standard_workloads
+from patune.workload import Key, Workload
 
 FP8, FP32 = dict(kv_dtype="float8_e4m3fn"), dict(q_dtype="float32", kv_dtype="float32")
 E5M2, FP16 = dict(kv_dtype="float8_e5m2"), dict(q_dtype="float16", kv_dtype="float16")
@@ -54,10 +61,24 @@ def test_the_default_config_compiles_for_its_gpu():
     assert not wrong
 
 
+@pytest.mark.parametrize("kernel", ["decode", "prefill"])
+def test_at_head_dim_512_the_rules_leave_what_compiles_without_spills_and_the_default(kernel):
+    """There the registers are the limit, which no compiler has to find out first; for Hopper."""
+    key, of = Key(kernel, "", 132, 512, 16, 8), template(kernel)
+    workload = next(w for w in standard_workloads(kernel, 2) if w.batch_size > 1)
+    variants = {variant(of, config): config for config in valid_points(of, key, workload)}
+    assert len(variants) >= 8
+    builds = compile_all([["9.0", asdict(key), asdict(workload), config] for config in variants.values()])
+    wrong = {str(config): build for config, build in zip(variants.values(), builds, strict=True) if build["status"] != "ok"}
+    assert not wrong
+    assert all(0 < build["registers"] < 240 for build in builds)
+    for w in standard_workloads(kernel, 2):
+        assert variant(of, of.default(key, w)) in {variant(of, config) for config in valid_points(of, key, w)}
+
+
 def test_the_default_config_is_a_point_of_its_search_space():
     """What a table would be tuned from lies in the space, whatever the key and workload, so the tuner can start from it."""
-    from patune.kernels.registry import NAMES, template
-    from patune.workload import Key, Workload
+    from patune.kernels.registry import NAMES
 
     for name in NAMES:
         for _, _, head_dim, page_size, group, other in KEYS:

@@ -115,6 +115,12 @@ def test_a_single_split_launches_one_kernel():
         assert len(launches) == kernels
 
 
+def test_more_rows_of_head_dim_512_than_a_program_takes_equal_the_reference(device):
+    """Of 40 rows a KV head, 32 and 8."""
+    for splits in (1, 3):
+        check_decode(Case((5, 5), (40, 70), kv_heads=1, group=8, head_dim=512), device, **(SPLIT | {"num_splits": splits}))
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 256, 512])
 def test_scratch_is_sized_by_this_call_not_by_an_earlier_one(head_dim, device):
     for d in (128, head_dim, 128):

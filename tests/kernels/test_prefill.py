@@ -34,6 +34,12 @@ def test_a_larger_max_q_len_changes_nothing(device):
     assert torch.equal(call(70), call(1000))
 
 
+def test_the_narrow_tiles_of_head_dim_512_equal_the_reference(device):
+    for rows, keys in ((16, 16), (16, 32), (32, 16)):
+        tiles = dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=2)
+        check_prefill(Case((20, 1, 33), (20, 90, 40), kv_heads=1, head_dim=512), device, **tiles)
+
+
 def test_more_sequences_than_one_counting_step_looks_at(device):
     """Query blocks are counted 128 sequences at a time."""
     q_lens = tuple(i % 3 for i in range(200))
