@@ -9,13 +9,15 @@ from real import Buffers, Real, ragged
 
 import patune
 from patune.kernels import bound, decode_hopper
+from patune.kernels.decode import TEMPLATE as DECODE
 from patune.workload import Key, Workload
 
 pytestmark = pytest.mark.gpu
 
 HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(2, 5500)))
 ON_HOPPER = (("config", HOPPER),)
-CASES = {
+PLAIN = patune.Config(DECODE.default(Key("decode", "", 132, 128, 16, 4), Workload(2, 5500)))
+CASES = {  # those without a config are of the template that the table takes
     "split": Real((8000, 3000)),
     "ragged": Real(ragged(16, 1000)),
     "one split": Real((300,) * 64),
@@ -25,6 +27,8 @@ CASES = {
     "fp8": Real((8000, 3000), kv_dtype=torch.float8_e4m3fn, options=(("k_scale", 0.5), ("v_scale", torch.tensor([2.0])))),
     "options": Real((8000, 3000), options=(("sliding_window", 500), ("logits_soft_cap", 30.0), ("sinks", torch.ones(32)))),
     "speculative": Real((8000, 3000), 4),
+    "plain": Real((8000, 3000), options=(("config", PLAIN),)),
+    "plain, one split": Real((300,) * 64, options=(("config", patune.Config({**PLAIN, "num_splits": 1})),)),
     "Hopper": Real((8000, 3000), options=ON_HOPPER),
     "Hopper, NHD, pair, d64": Real((8000, 3000), layout="NHD", pair=True, head_dim=64, options=ON_HOPPER),
     "Hopper, one split": Real((300,) * 64, options=(("config", patune.Config({**HOPPER, "num_splits": 1})),)),

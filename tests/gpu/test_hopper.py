@@ -74,17 +74,18 @@ def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
     check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=1, issue=1)
 
 
-def test_prefill_takes_the_kernel_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
+def test_prefill_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
     launched = []
     run = ops.run
     monkeypatch.setattr(ops, "run", lambda launches, tensor: (launched.extend(launches), run(launches, tensor)))
     b = Buffers(Real((4096,), (4096,)))
+    config = prefill_hopper.TEMPLATE.default(Key("prefill_hopper", "", 132, 128, 16, 4), Workload(1, 4096, 4096))
     call = partial(patune.paged_prefill, b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=4096)
-    assert_close(call(), b.reference()[0], b.limit)
+    assert_close(call(config=config), b.reference()[0], b.limit)
     call(sliding_window=100)
     assert [launch.fn.__name__ for launch in launched] == ["prefill_attention_hopper", "prefill_attention"]
     with pytest.raises(ValueError, match=r"config: is of the kernel for Hopper, which does not serve this call"):
-        call(sliding_window=100, config=prefill_hopper.TEMPLATE.default(Key("prefill_hopper", "", 132, 128, 16, 4), Workload(1, 1)))
+        call(sliding_window=100, config=config)
 
 
 @pytest.mark.parametrize("schedule", prefill_hopper.TUNABLES["schedule"])

@@ -110,8 +110,12 @@ PREFILL = {
 
 @pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL)
 def test_prefill_equals_the_reference(case):
-    """Causal with the default config; output and lse, from a poisoned output."""
-    check_prefill(Buffers(case))
+    """Causal, with the table's choice and with the plain template; output and lse, from a poisoned output."""
+    plain = patune.get_best_config(
+        "prefill", head_dim=case.head_dim, page_size=case.page_size, q_heads_per_kv=case.group, q_dtype=str(case.dtype)[6:]
+    )
+    for config in (None, plain):
+        check_prefill(Buffers(case), config=config)
 
 
 def test_prefill_without_causal_equals_the_reference():
@@ -119,18 +123,19 @@ def test_prefill_without_causal_equals_the_reference():
     check_prefill(Buffers(Real((1000, 700), (300, 700))), causal=False)
 
 
-def check_prefill(b: Buffers, **kw) -> None:
-    want, want_lse = b.reference(**kw)
+def check_prefill(b: Buffers, causal: bool = True, config=None) -> None:
+    want, want_lse = b.reference(causal=causal)
     got, lse = patune.paged_prefill(
         b.q,
         b.kv_cache,
         b.qo_indptr,
         *b.table,
         max_q_len=max(b.q_lens),
+        causal=causal,
+        config=config,
         out=b.poisoned(),
         return_lse=True,
         **b.options,
-        **kw,
     )
     assert_close(got, want, b.limit)
     assert_lse_close(lse, want_lse, b.limit)
