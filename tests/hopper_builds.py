@@ -32,12 +32,14 @@ def main() -> None:
     json.dump(
         {
             "shared_bytes": kernel.metadata.shared,
+            "static_shared_bytes": sum(map(int, re.findall(r"(\d+) bytes smem", log))),
             "threads": kernel.metadata.num_warps * 32,
             "used_registers": int(re.findall(r"Used (\d+) registers", log)[0]),
             "spill_bytes": [int(n) for n in re.findall(r"(\d+) bytes spill", log)],
             "serialized": re.findall(r"C75\d\d", log),
             "registers": sorted({int(n) for n in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}),
             "wgmma": ptx.count("wgmma.mma_async"),
+            "entered_by": ptx.count("barrier.cluster.arrive"),
             "boxes": ptx.count("cp.async.bulk.tensor"),
         },
         sys.stdout,

@@ -4,10 +4,12 @@ import patune
 
 
 def decode(work):
+    ragged = min(work.kv_lens) < work.max_kv
+
     def call(r):
         return patune.paged_decode(
             work.q[r], work.kv, work.kv_indices[r], work.kv_indptr, work.kv_last_page_len, work.scale,
-            max_kv_len=work.max_kv, out=work.out[r],
+            max_kv_len=work.max_kv, ragged=ragged, out=work.out[r],
         )  # fmt: skip
 
     return [lambda r=r: call(r) for r in range(work.R)]

@@ -35,6 +35,7 @@ def paged_decode(
     k_scale: Scale = None,
     v_scale: Scale = None,
     max_kv_len: int | None = None,
+    ragged: bool | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     out: torch.Tensor | None = None,
@@ -52,6 +53,9 @@ def paged_decode(
     sinks: [q_heads], a logit a head that takes part in the softmax's denominator only.
     k_scale, v_scale: what the cache's values are multiplied with; a float, or one fp32 element on the device.
     max_kv_len: the longest sequence as far as the host knows; helps the choice of a config, never the result.
+    ragged: False promises sequences of about one length, also where a graph is replayed, and lets each have its own cluster of
+        programs, which is faster for a small batch; True says that they differ. None: by max_kv_len, and nothing is promised.
+        It helps the choice of a config, never the result.
     deterministic: a sequence's result is the same to the bit whatever else is in the batch, and wherever it stands in it.
         Without, splits follow from the whole batch; two calls with the same arguments agree to the bit either way.
     config: tunables to use instead of the table's. out: where to write, like q.
@@ -63,7 +67,7 @@ def paged_decode(
     k, v = kv_cache if isinstance(kv_cache, tuple) and len(kv_cache) == 2 else (kv_cache, None)
     found = bound.find(
         q, k, v, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out,
-        sm_scale, kv_layout, q_len_per_seq, sliding_window, logits_soft_cap, max_kv_len, deterministic, return_lse, config,
+        sm_scale, kv_layout, q_len_per_seq, sliding_window, logits_soft_cap, max_kv_len, ragged, deterministic, return_lse, config,
     )  # fmt: skip
     if found is not None:
         key, pointers, repeated = found
@@ -93,8 +97,8 @@ def paged_decode(
     template = DECODE_HOPPER if config is not None and set(config) == set(DECODE_HOPPER.tunables) else DECODE
     arguments = (
         q, *given.kv, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout, q_len_per_seq,
-        max_kv_len, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic, _values(template, config),
-        template.name,
+        max_kv_len, ragged, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic,
+        _values(template, config), template.name,
     )  # fmt: skip
     with nullcontext() if found is None else bound.waiting(key):
         torch.ops.patune.paged_decode(*arguments)

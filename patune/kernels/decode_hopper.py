@@ -8,10 +8,10 @@ faster one where both were measured on one workload, else this one.
 import torch
 
 from ..workload import Key, Workload
-from . import decode
+from . import cluster_jit, decode
 from . import decode_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import SPLITS, default_config, query_of
+from .defaults import CLUSTERS, SPLITS, default_config, query_of
 from .problem import AttentionProblem
 from .registry import candidates
 from .template import Launch, Template, Values
@@ -25,15 +25,16 @@ BESIDE_BYTES = 2048  # a program: barriers, maxima and sums, and what the driver
 TUNABLES = {
     "BLOCK_N": (64, 128),  # KV tokens a tile
     "num_stages": (2, 3, 4, 5, 6),  # tiles in the ring: also how many programs an SM holds, see programs_an_sm()
+    "cluster": CLUSTERS,  # programs that reduce a sequence among themselves, without stage 2: all its shares, or 1
     "num_splits": SPLITS,  # mean shares a sequence
 }
 JIT_FUNCTIONS = (
-    *decode.JIT_FUNCTIONS, jit.add, jit.pick, jit.find_share, jit.page_ids, jit.produce,
-    jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.decode_split_hopper,
+    *decode.JIT_FUNCTIONS, *cluster_jit.JIT_FUNCTIONS, jit.add, jit.pick, jit.place, jit.own_share, jit.find_share,
+    jit.page_ids, jit.produce, jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.idle, jit.decode_split_hopper,
 )  # fmt: skip
 _SHARED = (
     "q_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr", "out_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr",
-    "sm_scale", "v_scale", "batch_size", "num_splits", "stride_qt", "stride_qh", "stride_ot", "stride_oh",
+    "sm_scale", "v_scale", "batch_size", "stride_qt", "stride_qh", "stride_ot", "stride_oh",
     "GROUP", "Q_LEN", "PAGE_SIZE", "BLOCK_N", "BLOCK_B",
 )  # fmt: skip
 
@@ -64,46 +65,57 @@ def serves(
     )
 
 
-def shared_bytes(block_n: int, stages: int, head_dim: int) -> int:
-    """Of one program: the ring, and queries that registers cannot hold."""
-    return 2 * stages * block_n * head_dim * 2 + (4 * jit.ROWS_M.value * head_dim * 2 if head_dim > 128 else 0) + BESIDE_BYTES
+def shared_bytes(block_n: int, stages: int, head_dim: int, rows: int = 0, cluster: int = 1) -> int:
+    """Of one program: the ring, queries that registers cannot hold, and what a cluster sends it for its rows."""
+    inbox = cluster_jit.inbox_bytes(rows, head_dim, cluster) if cluster > 1 else 0
+    queries = 4 * jit.ROWS_M.value * head_dim * 2 if head_dim > 128 else 0
+    return 2 * stages * block_n * head_dim * 2 + queries + inbox + BESIDE_BYTES
 
 
-def programs_an_sm(block_n: int, stages: int, head_dim: int) -> int:
-    """How many programs an SM holds at once, 1 or 2.
+def programs_an_sm(*ring: int) -> int:
+    """How many programs an SM holds at once, 1 or 2; arguments as of shared_bytes().
 
     Launched programmatically, the next call's programs go to whichever SM is free first. Where an SM can hold more of them than its
     share of the grid, they pile up there; a ring that leaves room for no more than that share spreads them.
     """
-    return min(2, SM_SHARED_BYTES // shared_bytes(block_n, stages, head_dim))
+    return min(2, max(1, SM_SHARED_BYTES // shared_bytes(*ring)))
 
 
 def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *, sm_scale, q_len=1, v_factor=1.0
 ) -> list[Launch]:
     """The launches of one decode that `serves` takes; arguments as in decode.launches."""
-    block_n, stages = config["BLOCK_N"], config["num_stages"]
+    block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
+    if cluster not in (1, config["num_splits"]):
+        raise ValueError(f"config: a cluster of {cluster} is for as many splits, not for {config['num_splits']}; or let it be 1")
     plain, *reduce = decode.launches(
-        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, dict(config, num_warps=4), sm_scale=sm_scale, q_len=q_len,
-        v_factor=v_factor,
+        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse,
+        dict(config, num_warps=4, num_splits=config["num_splits"] if cluster == 1 else 1),  # no partials and no stage 2
+        sm_scale=sm_scale, q_len=q_len, v_factor=v_factor,
     )  # fmt: skip
-    programs = programs_an_sm(block_n, stages, cache.head_dim)
+    rows = q.shape[1] // cache.kv_heads * q_len
+    programs = programs_an_sm(block_n, stages, cache.head_dim, rows, cluster)
     split = Launch(jit.decode_split_hopper, plain.grid, dict(
-        {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n),
-        STAGES=stages, PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n), num_splits=config["num_splits"],
+        STAGES=stages, PRODUCER_REGISTERS=PRODUCER_REGISTERS, CLUSTER=cluster,
         num_warps=4, maxnreg=REGISTERS[programs], launch_pdl=True,
-    ))  # fmt: skip
+    ), cluster)  # fmt: skip
     return [split, *reduce]
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or another point does the same with less."""
-    block_n, stages = config["BLOCK_N"], config["num_stages"]
-    if key.q_heads_per_kv * workload.q_len > jit.ROWS_M.value:
+    block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
+    rows = key.q_heads_per_kv * workload.q_len
+    if rows > jit.ROWS_M.value:
         return "more than 16 queries a KV head"
-    if shared_bytes(block_n, stages, key.head_dim) > BLOCK_SHARED_BYTES:
+    if cluster not in (1, config["num_splits"]):
+        return "a cluster is all shares of a sequence"
+    if cluster > 1 and workload.ragged:
+        return "as many shares of a short sequence as of a long one"
+    if shared_bytes(block_n, stages, key.head_dim, rows, cluster) > BLOCK_SHARED_BYTES:
         return "tiles in flight exceed shared memory"
-    if stages < TUNABLES["num_stages"][-1] and programs_an_sm(block_n, stages + 1, key.head_dim) == 2:
+    if stages < TUNABLES["num_stages"][-1] and programs_an_sm(block_n, stages + 1, key.head_dim, rows, cluster) == 2:
         return "a longer ring leaves room for as many programs"
     return decode.invalid(dict(config, num_warps=4), key, workload)
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .cluster_jit import enter, reduce_in_cluster, reserve_inbox
 from .decode import own_share_size
 
 LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
@@ -32,28 +33,43 @@ def pick(hit, x):
 
 
 @gluon.jit
-def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr):
+def place(CLUSTER: gl.constexpr):
+    """This program's KV head, of how many, and its share. The programs of a cluster are neighbours: the shares of a sequence."""
+    head = gl.program_id(0) // CLUSTER
+    item = gl.program_id(1) * CLUSTER + gl.program_id(0) % CLUSTER
+    return head, gl.num_programs(0) // CLUSTER, item
+
+
+@gluon.jit
+def own_share(batch, b, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Of sequence b, its first page, its KV tokens, and the tokens of a share where they alone decide."""
+    kv_indptr_ptr, kv_last_page_len_ptr, _, num_splits = batch
+    first_page = gl.load(kv_indptr_ptr + b)
+    pages = gl.load(kv_indptr_ptr + b + 1) - first_page
+    last_page_len = gl.load(kv_last_page_len_ptr + b)
+    kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last_page_len, 0)
+    return first_page, kv_len, own_share_size(kv_len, num_splits, 1, BLOCK_N)
+
+
+@gluon.jit
+def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr):
     """This program's share: (its sequence's first page and KV tokens, its first tile, its tiles, the sequence, whether it is all of
     it, whether there is a share).
 
-    Cut as `decode_reduce` assumes: by share_size() over the batch, a sequence of its own by own_share_size().
+    Cut as `decode_reduce` assumes: by share_size() over the batch, a sequence of its own by own_share_size(), as in a cluster.
     """
     kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits = batch
-    item = gl.program_id(1)
+    _, _, item = place(CLUSTER)
     b = item // num_splits
     first_item = b * num_splits
     found = item >= 0
-    first_page = gl.load(kv_indptr_ptr)
-    if (num_splits == 1) | (batch_size == 1):
-        first_page = gl.load(kv_indptr_ptr + b)
-        pages = gl.load(kv_indptr_ptr + b + 1) - first_page
-        last_page_len = gl.load(kv_last_page_len_ptr + b)
-        kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last_page_len, 0)
-        share = own_share_size(kv_len, num_splits, 1, BLOCK_N)
+    if CLUSTER > 1 or (num_splits == 1) | (batch_size == 1):
+        first_page, kv_len, share = own_share(batch, b, PAGE_SIZE, BLOCK_N)
     else:
         # Every warp looks at the whole batch and none waits for another.
         layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [gl.num_warps()], [0])
-        pages = gl.load(kv_indptr_ptr + batch_size) - first_page
+        start_page = gl.load(kv_indptr_ptr)
+        pages = gl.load(kv_indptr_ptr + batch_size) - start_page
         share = pages
         b = item * 0
         first_item = b
@@ -100,7 +116,7 @@ def page_ids(kv_indices_ptr, first_page, kv_len, first_box, PAGE_SIZE: gl.conste
 @gluon.jit
 def produce(
     k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
-    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: every tile of this program's share into the ring."""
     STAGES: gl.constexpr = full.shape[0]
@@ -108,11 +124,12 @@ def produce(
     BOX: gl.constexpr = k_desc.block_type.shape[0]
     BOXES: gl.constexpr = BLOCK_N // BOX  # a tile
     AHEAD: gl.constexpr = 32 // BOXES  # tiles whose page ids one load brings
+    enter(CLUSTER)
     gdc_wait()
-    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B)
+    first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, CLUSTER)
     k_page_rows, k_head_rows, k_head_columns = k_strides
     v_page_rows, v_head_rows, v_head_columns = v_strides
-    head = gl.program_id(0)
+    head, _, _ = place(CLUSTER)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     ids = page_ids(kv_indices_ptr, first_page, kv_len, tile * BOXES, PAGE_SIZE, BOX)
     g = gl.to_tensor(0)  # tiles so far
@@ -231,10 +248,12 @@ def merge(acc, m, l, meet, meet_ml, LO: gl.constexpr):
 
 @gluon.jit
 def consume(
-    q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, GROUP: gl.constexpr, Q_LEN: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, HAS_LSE: gl.constexpr, WARPS: gl.constexpr,
+    q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, inbox, GROUP: gl.constexpr,
+    Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr, HAS_LSE: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The consumer warps: the share's attention, to the output where it is the whole sequence, else to a partial."""
+    """The consumer warps: the share's attention, to the output where it is the whole sequence, else to a partial; in a cluster, the
+    cluster's part of the output."""
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr = results
     stride_qt, stride_qh, stride_ot, stride_oh = strides
     BLOCK_N: gl.constexpr = ring.shape[1]
@@ -243,33 +262,45 @@ def consume(
     LO: gl.constexpr = gl.BlockedLayout(
         [WARPS, 1, 4], [1, 128 // D if D < 128 else 1, D // 4 if D < 128 else 32], [1, WARPS, 1], [2, 1, 0]
     )
+    enter(CLUSTER)
     gdc_wait()
-    _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B)
-    if found:
+    _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, CLUSTER)
+    if CLUSTER > 1 or found:
+        head, kv_heads, item = place(CLUSTER)
         first_token = b.to(gl.int64) * Q_LEN
-        first_head = gl.program_id(0).to(gl.int64) * GROUP
+        first_head = head.to(gl.int64) * GROUP
         q_ptr += first_token * stride_qt + first_head * stride_qh
         valid = kv_len - tile * BLOCK_N
         acc, m, l = attend(q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh, GROUP, Q_LEN, WARPS)
         o, m, l = merge(acc, m, l, meet, meet_ml, LO)
-        rows = gl.arange(0, ROWS_M, gl.SliceLayout(1, gl.SliceLayout(0, LO)))
-        columns = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(0, LO)))
+        first_column = 0
+        if CLUSTER > 1:
+            first_column = item % CLUSTER * (D // CLUSTER)
+            o, m, l = reduce_in_cluster(o, m, l, inbox, item % CLUSTER, ROWS, CLUSTER)
+        rows = gl.arange(0, ROWS_M, gl.SliceLayout(1, o.type.layout))
+        columns = first_column + gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout))
         inside = rows < ROWS
         o = o / gl.where(l == 0.0, 1.0, l)[:, None]
-        if alone:
+        if CLUSTER > 1 or alone:
             tokens = first_token + rows // GROUP
             heads = first_head + rows % GROUP
             pointers = out_ptr + (tokens * stride_ot + heads * stride_oh)[:, None] + columns[None, :]
             gl.store(pointers, (o * v_scale).to(out_ptr.dtype.element_ty), mask=inside[:, None])
             if HAS_LSE:
                 lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
-                gl.store(lse_ptr + tokens * (gl.num_programs(0) * GROUP) + heads, lse, mask=inside)
+                gl.store(lse_ptr + tokens * (kv_heads * GROUP) + heads, lse, mask=inside & (first_column == 0))
         else:
             # partials: [shares, kv_heads, ROWS, D] fp32, and their log-sum-exp in base 2 [shares, kv_heads, ROWS]
-            slot = (gl.program_id(1).to(gl.int64) * gl.num_programs(0) + gl.program_id(0)) * ROWS + rows
+            slot = (item.to(gl.int64) * kv_heads + head) * ROWS + rows
             lse = gl.where(l == 0.0, float("-inf"), m + gl.log2(l))
             gl.store(partial_ptr + slot[:, None] * D + columns[None, :], o, mask=inside[:, None])
             gl.store(partial_lse_ptr + slot, lse, mask=inside)
+
+
+@gluon.jit
+def idle(CLUSTER: gl.constexpr):
+    """A warp that is there only because registers are dealt out to four warps at a time, and that its cluster waits for."""
+    enter(CLUSTER)
 
 
 @gluon.jit(
@@ -284,11 +315,14 @@ def decode_split_hopper(
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     stride_qt, stride_qh, stride_ot, stride_oh,
     GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    BLOCK_B: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    BLOCK_B: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Stage 1. Grid (kv_heads, shares). GROUP * Q_LEN is at most 16."""
+    """Stage 1. Grid (kv_heads, shares), or (kv_heads * CLUSTER, batch) in clusters along x. GROUP * Q_LEN is at most 16."""
     WARPS: gl.constexpr = gl.num_warps()
     D: gl.constexpr = k_desc.block_type.shape[1]
+    inbox = 0
+    if CLUSTER > 1:
+        inbox = reserve_inbox(GROUP * Q_LEN, D, CLUSTER)
     # K tile of stage s at 2 s, V tile at 2 s + 1; a barrier says full or empty for both.
     ring = gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, BLOCK_N, D], k_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -312,9 +346,12 @@ def decode_split_hopper(
     exponent = sm_scale * LOG2E
     gl.warp_specialize(
         [
-            (consume, (q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml,
-                       GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, HAS_LSE, WARPS)),
-            (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty, PAGE_SIZE, BLOCK_B)),
+            (consume, (q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, inbox,
+                       GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, CLUSTER, HAS_LSE, WARPS)),
+            (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
+                       PAGE_SIZE, BLOCK_B, CLUSTER)),
+            (idle, (CLUSTER,)),
+            (idle, (CLUSTER,)),
         ],
-        [1], [PRODUCER_REGISTERS],
+        [1, 1, 2], [PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip

@@ -3,6 +3,7 @@
 Standard library only and free of imports from patune: `patune export --to python` ships this file's text.
 """
 
+CLUSTERS = (1, 2, 4, 8)  # the values of cluster that are searched; of 16, few fit a GPU's groups of SMs: 6 to 35% slower on an H100
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # the values of num_splits that are searched
 
 
@@ -25,7 +26,7 @@ def default_config(query: dict) -> dict:
         tile, sms = 64 if large else 128, query["sm_count"] or 132
         cut = 2 if (query["batch_size"] or 1) * (query["kv_heads"] or 8) <= 8 * sms else 1
         splits = fit_splits(sms, query, tokens=tile, ragged=cut)
-        return {"BLOCK_N": tile, "num_stages": 3 if query["head_dim"] <= 64 else 2, "num_splits": splits}
+        return {"BLOCK_N": tile, "num_stages": 3 if query["head_dim"] <= 64 else 2, "cluster": 1, "num_splits": splits}
     # 2 programs an SM: 4% behind the best of an H100's landscape (d128, page 16, group 4, geometric mean), 14% at most.
     splits = fit_splits(2 * (query["sm_count"] or 132), query)
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
@@ -47,6 +48,8 @@ def adapt(entry: dict, query: dict) -> dict:
         programs = config["num_splits"] * entry["batch_size"] * entry["kv_heads"]
         programs = programs * (query["sm_count"] or entry["sm_count"]) // entry["sm_count"]
         config["num_splits"] = fit_splits(programs, query)
+    if config.get("cluster", 1) > 1:  # of all shares of a sequence
+        config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
     return config
 
 

@@ -82,7 +82,7 @@ def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | 
 
 def decode_call(
     q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, q_len, max_kv_len,
-    window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, template="decode", kv_len=None,
+    ragged, window, soft_cap, sinks, k_scale, v_scale, v_factor, deterministic, config, template="decode", kv_len=None,
 ) -> Call | None:  # fmt: skip
     """The call that operator paged_decode makes of its arguments; None if there is nothing to do."""
     batch_size = kv_indptr.shape[0] - 1
@@ -92,7 +92,9 @@ def decode_call(
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     if max_kv_len is not None:  # a captured graph's kv_indices may be longer than what is in use
         kv_len = min(kv_len, max_kv_len)
-    workload = dict(batch_size=batch_size, kv_len=kv_len, ragged=(max_kv_len or 0) >= 2 * kv_len)
+    even = batch_size == 1 or ragged is False
+    ragged = (max_kv_len or 0) >= 2 * kv_len if ragged is None else ragged
+    workload = dict(batch_size=batch_size, kv_len=kv_len, ragged=ragged)
     if deterministic:
         workload = dict(batch_size=1, kv_len=DETERMINISTIC_KV_LEN)
     extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
@@ -101,6 +103,8 @@ def decode_call(
         decode_hopper.TEMPLATE, decode.TEMPLATE, hopper, config, template, q, cache,
         q_len=q_len, features=_features(window, soft_cap, sinks), **workload,
     )  # fmt: skip
+    if config is None and not even and "cluster" in values:
+        values = {**values, "cluster": 1}  # a cluster a sequence: the longest one of an uneven batch would hold up all
     if deterministic and config is None:
         values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
 
@@ -181,7 +185,8 @@ def _paged_attention_with_cache(
                    kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
                    *options, None, kv_len=of_prefill)  # fmt: skip
     _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
-                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, *options, False, None, kv_len=max(1, of_decode))  # fmt: skip
+                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, None, *options, False, None,
+                  kv_len=max(1, of_decode))  # fmt: skip
     if end < tokens:
         out[end:].zero_()
     return out
@@ -197,7 +202,7 @@ def _define(name: str, schema: str, implementation, returns: str = "()", fake=la
 _define(
     "paged_decode",
     f"Tensor q, Tensor kv_cache, Tensor? v_cache, {_PAGES}, Tensor(a!) out, Tensor(b!)? lse, float sm_scale, str kv_layout, "
-    f'SymInt q_len, SymInt? max_kv_len, {_OPTIONS}, bool deterministic, int[]? config, str template="decode"',
+    f'SymInt q_len, SymInt? max_kv_len, bool? ragged, {_OPTIONS}, bool deterministic, int[]? config, str template="decode"',
     _paged_decode,
 )
 _define(

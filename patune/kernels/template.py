@@ -20,14 +20,23 @@ class Launch:
     fn: Any  # triton.JITFunction
     grid: tuple[int, ...]
     args: dict[str, Any]  # every kernel argument by name, constexprs, num_warps and num_stages included
+    cluster: int = 1  # programs along x that are launched together and reach each other's shared memory; the grid counts clusters
 
     def run(self):
         """Returns the compiled kernel; None in the interpreter, which has none."""
+        if self.cluster > 1:
+            self.warmup()
         return self.fn[self.grid](**self.args)
 
     def warmup(self):
         """Compile without running; tensors may be on the meta device. Returns the compiled kernel."""
-        return self.fn.warmup(grid=self.grid, **self.args)
+        kernel = self.fn.warmup(grid=self.grid, **self.args)
+        if self.cluster > 1:
+            # Triton's own num_ctas spreads one program's tensors over a cluster; here its programs are compiled as they are, and
+            # the launcher alone is told.
+            num_warps, _, *rest = kernel.packed_metadata
+            kernel.packed_metadata = (num_warps, self.cluster, *rest)
+        return kernel
 
 
 class Problem(Protocol):

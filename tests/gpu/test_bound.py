@@ -31,7 +31,8 @@ CASES = {  # those without a config are of the template that the table takes
     "plain, one split": Real((300,) * 64, options=(("config", patune.Config({**PLAIN, "num_splits": 1})),)),
     "Hopper": Real((8000, 3000), options=ON_HOPPER),
     "Hopper, NHD, pair, d64": Real((8000, 3000), layout="NHD", pair=True, head_dim=64, options=ON_HOPPER),
-    "Hopper, one split": Real((300,) * 64, options=(("config", patune.Config({**HOPPER, "num_splits": 1})),)),
+    "Hopper, one split": Real((300,) * 64, options=(("config", patune.Config({**HOPPER, "num_splits": 1, "cluster": 1})),)),
+    "Hopper, clusters": Real((8000, 3000), options=(("config", patune.Config({**HOPPER, "num_splits": 4, "cluster": 4})),)),
     "Hopper, speculative": Real((8000, 3000), 4, options=ON_HOPPER),
 }
 
@@ -145,7 +146,7 @@ def test_a_bound_call_is_captured(num_splits, template):
     if template == "decode_hopper":
         only_on_hopper()
     found = patune.get_best_config(template, head_dim=128, page_size=16, q_heads_per_kv=4)
-    config = patune.Config(dict(found) | {"num_splits": num_splits})
+    config = patune.Config(dict(found) | {"num_splits": num_splits} | ({"cluster": num_splits} if "cluster" in found else {}))
     out = b.poisoned()
     for _ in range(2):
         want = decode(b, out=out, config=config).clone()

@@ -64,9 +64,9 @@ def test_one_captured_decode_is_right_for_any_lengths_up_to_its_bounds(num_split
         torch.testing.assert_close(results[-1][1], want_lse, rtol=1e-2, atol=5e-2)
 
 
-@pytest.mark.parametrize("template", ["decode", "decode_hopper"])
+@pytest.mark.parametrize(("template", "cluster"), [("decode", 1), ("decode_hopper", 1), ("decode_hopper", 8)])
 @pytest.mark.parametrize("num_splits", [1, 8])
-def test_a_decode_waits_for_what_ran_before_it(num_splits, template):
+def test_a_decode_waits_for_what_ran_before_it(num_splits, template, cluster):
     """Its stages are launched programmatically, before the work ahead of them has ended; 20 decodes, each of the last one's output.
 
     What is ahead is a kernel, a copy, a memset and another stream; each writes something that the decode reads.
@@ -75,6 +75,8 @@ def test_a_decode_waits_for_what_ran_before_it(num_splits, template):
         pytest.skip("needs a GPU of compute capability 9.0")
     b = full(1)
     config = dict(patune.get_best_config(template, head_dim=128, page_size=16, q_heads_per_kv=4)) | {"num_splits": num_splits}
+    if template == "decode_hopper":
+        config["cluster"] = min(cluster, num_splits)
     side, start = torch.cuda.Stream(), b.q.clone()
     spoiled = torch.full_like(b.q, float("nan"))
     last_page_len = b.kv_last_page_len.clone()

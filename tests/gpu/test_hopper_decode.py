@@ -44,11 +44,12 @@ def hopper(gpu):
 
 
 def points(case: Real) -> list[dict[str, int]]:
-    """Every ring, in one piece and in 7."""
+    """Every ring, in one piece, in 7, and in clusters."""
     key = Key(TEMPLATE.name, "", 132, case.head_dim, case.page_size, case.group)
-    return [p for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1] + [
-        p | {"num_splits": 7} for p in valid_points(TEMPLATE, key, Workload(8, 4096)) if p["num_splits"] == 1
-    ]
+    q_len = case.q_lens if isinstance(case.q_lens, int) else 1
+    of_batch = valid_points(TEMPLATE, key, Workload(8, 4096, q_len))
+    whole = [p for p in of_batch if p["num_splits"] == 1]
+    return whole + [p | {"num_splits": 7} for p in whole] + [p for p in of_batch if p["cluster"] > 1]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -69,7 +70,8 @@ def test_every_ring_equals_the_reference(case):
 @given(cases(**ON_HOPPER))
 def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
     assume(case.group * case.q_lens[0] <= 16)
-    check_decode(case, "cuda", BLOCK_N=64, num_stages=3, num_splits=3)
+    check_decode(case, "cuda", BLOCK_N=64, num_stages=3, cluster=1, num_splits=3)
+    check_decode(case, "cuda", BLOCK_N=64, num_stages=2, cluster=4, num_splits=4)
 
 
 def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
@@ -77,7 +79,7 @@ def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_els
     run = ops.run
     monkeypatch.setattr(ops, "run", lambda launches, tensor: (launched.extend(launches), run(launches, tensor)))
     b = Buffers(Real((4096,)))
-    config = TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(1, 4096))
+    config = TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(1, 4096)) | {"cluster": 1}
     call = partial(patune.paged_decode, b.q, b.kv_cache, *b.table, config=config)
     assert_close(call(), b.reference()[0], b.limit)
     assert [launch.fn.__name__ for launch in launched] == ["decode_split_hopper", "decode_reduce"]
@@ -86,11 +88,12 @@ def test_decode_takes_the_kernel_only_where_it_serves_and_refuses_its_config_els
             call(**options)
 
 
-def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_one():
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_one_captured_decode_is_right_for_any_lengths_and_right_behind_another_one(cluster):
     """Between two calls of a graph the page table changes; the second one is launched before that has ended."""
     b = Buffers(Real((2000, 2000, 2000)))
     b.kv_cache.nan_to_num_(0.5)
-    config = dict(BLOCK_N=64, num_stages=3, num_splits=4)
+    config = dict(BLOCK_N=64, num_stages=3, cluster=cluster, num_splits=4)
     outs = [b.poisoned(), b.poisoned()]
     others = [torch.empty_like(x) for x in b.table]
     call = partial(patune.paged_decode, b.q, b.kv_cache, config=config)

@@ -40,7 +40,7 @@ def test_building_the_launches_of_a_decode_allocates_and_takes_views_only(case):
     kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
     for config in ([16, 4, 2, 1], [16, 4, 2, 3]):
         call = ops.decode_call(
-            batch.q, *kv, *batch.pages, out, lse, 0.1, case.layout, case.q_lens[0], None, case.window, case.soft_cap, sinks,
+            batch.q, *kv, *batch.pages, out, lse, 0.1, case.layout, case.q_lens[0], None, None, case.window, case.soft_cap, sinks,
             one, one, 1.0, False, config,
         )  # fmt: skip
         with OnlyScratchAndViews():
@@ -55,8 +55,8 @@ def test_building_the_launches_for_hopper_allocates_and_takes_views_only(layout,
     out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
     cache = paged_cache(*(batch.kv_cache if pair else (batch.kv_cache, None)), layout)
     assert decode_hopper.serves("9.0", batch.q, cache, out)
-    for num_splits in (1, 3):
-        config = dict(BLOCK_N=64, num_stages=3, num_splits=num_splits)
+    for num_splits, cluster in ((1, 1), (3, 1), (4, 4)):
+        config = dict(BLOCK_N=64, num_stages=3, cluster=cluster, num_splits=num_splits)
         with OnlyScratchAndViews():
             assert decode_hopper.launches(batch.q, cache, *batch.pages, out, lse, config, sm_scale=0.1)
 

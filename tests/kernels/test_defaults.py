@@ -28,6 +28,14 @@ def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
     assert config["num_splits"] == max(s for s in SPLITS if s <= max(1, 64 // (batch_size * factor)))
 
 
+@given(st.sampled_from((1, 2, 4, 8, 16, 64)), st.booleans())
+def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, ragged):
+    """A ragged batch gets none: its shares follow from the whole batch."""
+    entry = dict(config={"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}, batch_size=4, kv_heads=8, sm_count=132)
+    config = adapt(entry, query(batch_size=batch_size) | {"ragged": ragged})
+    assert config["cluster"] == (config["num_splits"] if config["num_splits"] in (1, 2, 4, 8) and not ragged else 1)
+
+
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
     entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}

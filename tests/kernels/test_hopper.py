@@ -6,7 +6,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from triton.runtime.jit import JITFunction
 
 from patune.cachedb import lookup
-from patune.kernels import config, decode_hopper, decode_hopper_jit, prefill_hopper, prefill_hopper_jit
+from patune.kernels import cluster_jit, config, decode_hopper, decode_hopper_jit, ops, prefill_hopper, prefill_hopper_jit
 from patune.kernels.cache import paged_cache
 from patune.kernels.tma import matrix
 from patune.tuner.compile import SHARED_BYTES
@@ -26,11 +28,15 @@ from patune.workload import Key, Workload
 BUILDS = [(64, 16, 128, 4, 1, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
 
 
-# The same without the last two: new tokens a sequence. A batch above 32 is walked in chunks.
+# The same without the last two: new tokens a sequence, of 8 queries a KV head each, cluster. A batch above 32 is walked in chunks.
 DECODES = [
-    (64, 16, 128, 4, 1), (64, 8, 128, 3, 2), (64, 64, 64, 6, 2), (128, 16, 64, 3, 1), (128, 8, 64, 3, 2), (128, 8, 128, 3, 2),
-    (128, 16, 128, 2, 2), (128, 256, 64, 6, 1), (256, 8, 64, 3, 2), (256, 16, 64, 3, 2), (256, 32, 64, 2, 1),
+    (64, 16, 128, 4, 1, 1), (64, 8, 128, 3, 2, 1), (64, 64, 64, 6, 2, 1), (128, 16, 64, 3, 1, 1), (128, 8, 64, 3, 2, 1),
+    (128, 8, 128, 3, 2, 1), (128, 16, 128, 2, 2, 1), (128, 256, 64, 6, 1, 1), (256, 8, 64, 3, 2, 1), (256, 16, 64, 3, 2, 1),
+    (256, 32, 64, 2, 1, 1), (64, 16, 128, 3, 1, 8), (128, 16, 64, 3, 2, 2), (128, 16, 128, 2, 1, 8), (256, 16, 64, 2, 2, 4),
 ]  # fmt: skip
+
+
+CLUSTERED = dict(BLOCK_N=64, num_stages=3, cluster=8, num_splits=8)
 
 
 def build(kernel: str, workload: Workload, head_dim: int, page_size: int, group: int, **values: int) -> dict:
@@ -66,21 +72,28 @@ def test_the_prefill_kernel_compiles_to_what_it_was_written_as():
 
 
 def test_the_decode_kernel_compiles_to_what_it_was_written_as():
-    """No spill, registers moved, every tile in whole boxes, and as many programs an SM as is said."""
+    """No spill, registers moved, every tile in whole boxes, and as many programs an SM as is said.
 
-    def of(head_dim, page_size, block_n, stages, q_len):
-        values = dict(BLOCK_N=block_n, num_stages=stages, num_splits=4)
+    In a cluster every warp enters, and the inbox has the size and the place that were reckoned with.
+    """
+
+    def of(head_dim, page_size, block_n, stages, q_len, cluster):
+        values = dict(BLOCK_N=block_n, num_stages=stages, cluster=cluster, num_splits=cluster if cluster > 1 else 4)
         return build("decode_hopper", Workload(4 if q_len == 1 else 64, 4096, q_len), head_dim, page_size, 8, **values)
 
     with ThreadPoolExecutor(2) as threads:
         built = list(threads.map(lambda values: of(*values), DECODES))
-    for (head_dim, page_size, block_n, stages, _), found in zip(DECODES, built, strict=True):
+    for (head_dim, page_size, block_n, stages, q_len, cluster), found in zip(DECODES, built, strict=True):
         assert found["spill_bytes"] == [0, 0]
         assert decode_hopper.PRODUCER_REGISTERS in found["registers"]
         assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) * (head_dim // 64)
-        programs = decode_hopper.programs_an_sm(block_n, stages, head_dim)
+        programs = decode_hopper.programs_an_sm(block_n, stages, head_dim, 8 * q_len, cluster)
         reserved = 1024  # bytes that the driver keeps of each program's shared memory
-        by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + reserved)
+        inbox = found["static_shared_bytes"]
+        assert inbox == (cluster_jit.inbox_bytes(8 * q_len, head_dim, cluster) if cluster > 1 else 0)
+        assert inbox % cluster_jit.ALIGNMENT == 0
+        assert found["entered_by"] == (4 if cluster > 1 else 0)  # consumers, producer, and two that idle
+        by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + inbox + reserved)
         by_registers = decode_hopper.SM_REGISTERS // (found["used_registers"] * found["threads"])
         assert programs == min(by_shared, by_registers)
 
@@ -92,7 +105,10 @@ def test_every_decode_config_leaves_room_for_one_or_two_programs_an_sm():
         assert {decode_hopper.programs_an_sm(*ring, head_dim) for ring in rings} == ({1} if head_dim == 256 else {1, 2})
 
 
-@pytest.mark.parametrize(("jit", "template"), [(prefill_hopper_jit, prefill_hopper), (decode_hopper_jit, decode_hopper)])
+@pytest.mark.parametrize(
+    ("jit", "template"),
+    [(prefill_hopper_jit, prefill_hopper), (decode_hopper_jit, decode_hopper), (cluster_jit, decode_hopper)],
+)
 def test_the_hash_covers_all_device_code(jit, template):
     """A change in any device function makes recorded results stale."""
     functions = {id(x) for x in vars(jit).values() if isinstance(x, JITFunction)}
@@ -183,3 +199,37 @@ def test_the_kernel_that_was_faster_on_the_workload_is_taken(plain_us, hopper_us
 
     assert chosen(plain, hopper) == wanted
     assert chosen(plain) == chosen() == chosen(plain, hopper | dict(kv_len=2048)) == "prefill_hopper"
+
+
+def clustered(**options) -> int:
+    """The cluster that a decode of a batch takes of a table whose entries all have one."""
+    kv = torch.zeros(8, 2, 2, 16, 128, dtype=torch.bfloat16)
+    batch = options.pop("batch_size")
+    q = torch.zeros(batch, 8, 128, dtype=torch.bfloat16)
+    i32 = partial(torch.zeros, dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "device_of", lambda x: SimpleNamespace(capability="9.0", sm_count=132, name=""))
+        patch.setattr(ops, "find_either", lambda *queries: ("decode_hopper", CLUSTERED))
+        options = dict(max_kv_len=None, ragged=None, config=None) | options
+        call = ops.decode_call(
+            q, kv, None, i32(batch * 100), i32(batch + 1), i32(batch), torch.empty_like(q), None, 0.1, "HND", 1,
+            options["max_kv_len"], options["ragged"], None, None, None, None, None, 1.0, False, options["config"], "decode_hopper",
+        )  # fmt: skip
+    return dict(zip(decode_hopper.TUNABLES, call.config[1:], strict=True))["cluster"]
+
+
+def test_only_lengths_that_are_known_to_be_even_get_a_cluster_each():
+    """A replayed graph may hold others than it was captured with, so nothing but a promise, or a single sequence, counts."""
+    assert clustered(batch_size=1) == clustered(batch_size=4, ragged=False) == 8
+    assert clustered(batch_size=4) == clustered(batch_size=4, max_kv_len=1600) == clustered(batch_size=4, ragged=True) == 1
+    assert clustered(batch_size=4, config=list(CLUSTERED.values())) == 8
+
+
+def test_a_cluster_is_all_shares_of_a_sequence():
+    with pytest.raises(ValueError, match="config: a cluster of 8 is for as many splits, not for 4; or let it be 1"):
+        decode_hopper.launches(*[None] * 7, CLUSTERED | {"num_splits": 4}, sm_scale=0.1)
+    key = Key("decode_hopper", "", 132, 128, 16, 4)
+    for workload in (Workload(8, 8192), Workload(8, 8192, ragged=True)):
+        points = valid_points(decode_hopper.TEMPLATE, key, workload)
+        assert {p["cluster"] for p in points} == ({1} if workload.ragged else {1, 2, 4, 8})
+        assert all(p["cluster"] in (1, p["num_splits"]) for p in points)
