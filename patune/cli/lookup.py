@@ -56,8 +56,8 @@ def command(
         q_heads_per_kv=_group(q_heads_per_kv, q_heads, kv_heads), q_dtype=dtype, kv_dtype=kv_dtype,
         batch_size=batch_size, kv_len=kv_len, q_len=q_len, kv_heads=kv_heads, ragged=ragged, features="",
     )  # fmt: skip
-    rows, wide = query["q_heads_per_kv"] * q_len, query["kv_dtype"] == query["q_dtype"] != "float32"
-    names = candidates(kernel, capability or query["capability"], head_dim, page_size, rows, wide)
+    rows, capability = query["q_heads_per_kv"] * q_len, capability or query["capability"]
+    names = candidates(kernel, capability, head_dim, page_size, rows, query["q_dtype"], query["kv_dtype"])
     queries = [query | {"kernel": name} for name in names]
     template, config = find_either(*queries) if len(queries) == 2 else (kernel, find(query))
     if as_json:

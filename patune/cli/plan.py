@@ -50,8 +50,8 @@ class Request:
         for kernel, shape in targets:
             if kernel in self.kernels:
                 rows = shape.q_heads // shape.kv_heads * ((self.sizes and self.sizes.q_len) or 1)
-                wide = (self.kv_dtype or shape.kv_dtype or self.dtype) == self.dtype
-                for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size, rows, wide):
+                types = self.dtype, self.kv_dtype or shape.kv_dtype or self.dtype
+                for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size, rows, *types):
                     workloads = plan.setdefault(self._key(name, shape, gpu), [])
                     workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
         return plan

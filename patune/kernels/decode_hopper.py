@@ -5,15 +5,13 @@ It is a template of its own for the reasons that prefill_hopper.py gives. `paged
 faster one where both were measured on one workload, else this one.
 """
 
-import torch
-
 from ..workload import Key, Workload
 from . import cluster_jit, decode
 from . import decode_hopper_jit as jit
 from .cache import PagedCache
 from .defaults import CLUSTERS, SPLITS, default_config, query_of
 from .problem import AttentionProblem
-from .registry import candidates
+from .registry import FP8, candidates
 from .template import Launch, Template, Values
 from .tma import is_addressable, pool_arguments
 
@@ -23,53 +21,40 @@ SM_REGISTERS = 65536
 SM_SHARED_BYTES, BLOCK_SHARED_BYTES = 228 * 1024, 227 * 1024
 BESIDE_BYTES = 2048  # a program: barriers, maxima and sums, and what the driver keeps, rounded up
 TUNABLES = {
-    "BLOCK_N": (64, 128),  # KV tokens a tile
+    "BLOCK_N": (64, 128, 256),  # KV tokens a tile
     "num_stages": (2, 3, 4, 5, 6),  # tiles in the ring: also how many programs an SM holds, see programs_an_sm()
     "cluster": CLUSTERS,  # programs that reduce a sequence among themselves, without stage 2: all its shares, or 1
     "num_splits": SPLITS,  # mean shares a sequence
 }
 JIT_FUNCTIONS = (
     *decode.JIT_FUNCTIONS, *cluster_jit.JIT_FUNCTIONS, jit.add, jit.pick, jit.place, jit.own_share, jit.find_share,
-    jit.page_ids, jit.produce, jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.idle, jit.decode_split_hopper,
+    jit.page_ids, jit.produce, jit.to_fp16, jit.unpack, jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.idle,
+    jit.decode_split_hopper,
 )  # fmt: skip
 _SHARED = (
     "q_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr", "out_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr",
-    "sm_scale", "v_scale", "batch_size", "stride_qt", "stride_qh", "stride_ot", "stride_oh",
+    "sm_scale", "k_scale_ptr", "v_scale_ptr", "v_scale", "batch_size", "stride_qt", "stride_qh", "stride_ot", "stride_oh",
     "GROUP", "Q_LEN", "PAGE_SIZE", "BLOCK_N", "BLOCK_B",
 )  # fmt: skip
 
 
-def serves(
-    capability: str | None,
-    q,
-    cache: PagedCache,
-    out,
-    *,
-    q_len=1,
-    window=None,
-    soft_cap=None,
-    sinks=None,
-    k_scale=None,
-    v_scale=None,
-) -> bool:
-    """Whether the kernel takes a call: on Hopper, few rows, q and cache of 16 bits that TMA can address, and nothing extra."""
-    extras = (window, soft_cap, sinks, k_scale, v_scale)  # scales are tensors here; a float is folded into others before
-    group = q.shape[1] // cache.kv_heads
+def serves(capability: str | None, q, cache: PagedCache, out, *, q_len=1, window=None, soft_cap=None, sinks=None) -> bool:
+    """Whether the kernel takes a call: on Hopper, few rows, a cache like the 16-bit q or fp8 that TMA can address, no extras."""
+    rows, types = q.shape[1] // cache.kv_heads * q_len, (str(q.dtype)[6:], str(cache.k.dtype)[6:])
     return (
-        "decode_hopper" in candidates("decode", capability, cache.head_dim, cache.page_size, group * q_len)
-        and all(x is None for x in extras)
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and cache.k.dtype == q.dtype
+        "decode_hopper" in candidates("decode", capability, cache.head_dim, cache.page_size, rows, *types)
+        and window is soft_cap is sinks is None
         and q.stride(2) == out.stride(2) == 1
         and is_addressable(cache)
     )
 
 
-def shared_bytes(block_n: int, stages: int, head_dim: int, rows: int = 0, cluster: int = 1) -> int:
-    """Of one program: the ring, queries that registers cannot hold, and what a cluster sends it for its rows."""
-    inbox = cluster_jit.inbox_bytes(rows, head_dim, cluster) if cluster > 1 else 0
+def shared_bytes(block_n: int, stages: int, head_dim: int, itemsize: int, rows: int = 0, cluster: int = 1) -> int:
+    """Of one program: the ring, of `itemsize` bytes an element of the cache, queries that registers cannot hold, and what a cluster
+    sends it for its rows."""
     queries = 4 * jit.ROWS_M.value * head_dim * 2 if head_dim > 128 else 0
-    return 2 * stages * block_n * head_dim * 2 + queries + inbox + BESIDE_BYTES
+    inbox = cluster_jit.inbox_bytes(rows, head_dim, cluster) if cluster > 1 else 0
+    return 2 * stages * block_n * head_dim * itemsize + queries + inbox + BESIDE_BYTES
 
 
 def programs_an_sm(*ring: int) -> int:
@@ -82,8 +67,9 @@ def programs_an_sm(*ring: int) -> int:
 
 
 def launches(
-    q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *, sm_scale, q_len=1, v_factor=1.0
-) -> list[Launch]:
+    q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
+    sm_scale, q_len=1, k_scale=None, v_scale=None, v_factor=1.0,
+) -> list[Launch]:  # fmt: skip
     """The launches of one decode that `serves` takes; arguments as in decode.launches."""
     block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
     if cluster not in (1, config["num_splits"]):
@@ -91,10 +77,10 @@ def launches(
     plain, *reduce = decode.launches(
         q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse,
         dict(config, num_warps=4, num_splits=config["num_splits"] if cluster == 1 else 1),  # no partials and no stage 2
-        sm_scale=sm_scale, q_len=q_len, v_factor=v_factor,
+        sm_scale=sm_scale, q_len=q_len, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor,
     )  # fmt: skip
     rows = q.shape[1] // cache.kv_heads * q_len
-    programs = programs_an_sm(block_n, stages, cache.head_dim, rows, cluster)
+    programs = programs_an_sm(block_n, stages, cache.head_dim, cache.k.element_size(), rows, cluster)
     split = Launch(jit.decode_split_hopper, plain.grid, dict(
         {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n), num_splits=config["num_splits"],
         STAGES=stages, PRODUCER_REGISTERS=PRODUCER_REGISTERS, CLUSTER=cluster,
@@ -106,16 +92,18 @@ def launches(
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or another point does the same with less."""
     block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
-    rows = key.q_heads_per_kv * workload.q_len
+    rows, itemsize = key.q_heads_per_kv * workload.q_len, 1 if key.kv_dtype in FP8 else 2
     if rows > jit.ROWS_M.value:
         return "more than 16 queries a KV head"
+    if block_n > 128 and itemsize > 1:
+        return "a tile of more than 128 tokens is for fp8"
     if cluster not in (1, config["num_splits"]):
         return "a cluster is all shares of a sequence"
     if cluster > 1 and workload.ragged:
         return "as many shares of a short sequence as of a long one"
-    if shared_bytes(block_n, stages, key.head_dim, rows, cluster) > BLOCK_SHARED_BYTES:
+    if shared_bytes(block_n, stages, key.head_dim, itemsize, rows, cluster) > BLOCK_SHARED_BYTES:
         return "tiles in flight exceed shared memory"
-    if stages < TUNABLES["num_stages"][-1] and programs_an_sm(block_n, stages + 1, key.head_dim, rows, cluster) == 2:
+    if stages < TUNABLES["num_stages"][-1] and programs_an_sm(block_n, stages + 1, key.head_dim, itemsize, rows, cluster) == 2:
         return "a longer ring leaves room for as many programs"
     return decode.invalid(dict(config, num_warps=4), key, workload)
 

@@ -4,6 +4,8 @@ Grid, cut into shares, partials and results are those of the plain template's st
 producer warp, which finds the share and streams its KV tiles by TMA into a ring in shared memory, one box a page, and consumer
 warps, which own a part of every tile's tokens each, with an online softmax of their own: one batched MMA, the batch over warps.
 Nothing crosses warps until the share ends; then their states are merged through the idle ring.
+
+An fp8 cache stays fp8 in the ring; in the registers it becomes fp16, which holds every value of e4m3 and e5m2, and so does Q.
 """
 
 from triton.experimental import gluon
@@ -156,6 +158,34 @@ def produce(
 
 
 @gluon.jit
+def to_fp16(q):
+    """q times a power of two that brings its largest element to about 2^14, as fp16, and that power: decode.to_fp16 in Gluon."""
+    size = gl.abs(q.to(gl.float32))
+    size = gl.where(size < float("inf"), size, 0.0)
+    largest = gl.max(gl.max(gl.max(size, 2), 1), 0)
+    q_scale = gl.exp2(14 - gl.floor(gl.log2(gl.maximum(largest, 1e-30))))
+    return (q.to(gl.float32) * q_scale).to(gl.float16), q_scale
+
+
+@gluon.jit
+def unpack(x, IS_E5M2: gl.constexpr):
+    """The two fp8 in each 16 bits of x as fp16: the lower ones, the upper ones. Four values take three instructions, e5m2's two."""
+    # An e5m2 is the upper byte of an fp16; e4m3 are converted by neighbours, so the lower ones are brought together first.
+    E5M2: gl.constexpr = "prmt.b32 $0, $2, 0, 0x2404; prmt.b32 $1, $2, 0, 0x3414;"
+    E4M3: gl.constexpr = """{
+        .reg .b32 t;
+        .reg .b16 lower, upper;
+        prmt.b32 t, $2, 0, 0x3120;
+        mov.b32 {lower, upper}, t;
+        cvt.rn.f16x2.e4m3x2 $0, lower;
+        cvt.rn.f16x2.e4m3x2 $1, upper;
+    }"""
+    return gl.inline_asm_elementwise(
+        E5M2 if IS_E5M2 else E4M3, "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def clear_tail(v, rows):
     """Zeros into the tile's rows from `rows` on: they may hold a NaN, which a weight of 0 would not silence."""
     STEP: gl.constexpr = 8  # rows: what a swizzled tile can be sliced by, and few registers
@@ -166,7 +196,7 @@ def clear_tail(v, rows):
             part = v.slice(i * STEP, STEP, 0)
             x = part.load(layout)
             row = i * STEP + gl.arange(0, STEP, gl.SliceLayout(1, layout))
-            part.store(gl.where((row < rows)[:, None], x, 0.0).to(x.dtype))
+            part.store(gl.where((row < rows)[:, None], x, 0).to(x.dtype))
     fence_async_shared()
 
 
@@ -183,16 +213,28 @@ def attend(
     BLOCK_N: gl.constexpr = ring.shape[1]
     D: gl.constexpr = ring.shape[2]
     PART: gl.constexpr = BLOCK_N // WARPS  # tokens of a tile that are a warp's
+    FP8: gl.constexpr = ring.dtype.primitive_bitwidth == 8
+    WIDTH: gl.constexpr = 4 if FP8 else 2  # neighbouring columns that a thread holds of Q and K: 32 bits of K
     L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, ROWS_M, 8])
-    LA: gl.constexpr = gl.DotOperandLayout(0, L, 2)
-    LB: gl.constexpr = gl.DotOperandLayout(1, L, 2)
+    LQ: gl.constexpr = gl.DotOperandLayout(0, L, WIDTH)
+    LK: gl.constexpr = gl.DotOperandLayout(1, L, WIDTH)
+    LP: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    LV: gl.constexpr = gl.DotOperandLayout(1, L, 2)
+    values = ring  # of V
+    if FP8:  # in pairs: what is transposed on its way to the registers has 16 bits
+        PAIRS: gl.constexpr = gl.NVMMASharedLayout(ring.layout.swizzle_byte_width, element_bitwidth=16, rank=2)
+        values = ring._reinterpret(gl.int16, [2 * STAGES, BLOCK_N, D // 2], PAIRS)
 
-    row = gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, LA)))[None, :, None]
-    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LA)))[None, None, :]
-    row = gl.zeros([WARPS, ROWS_M, D], gl.int32, LA) + row
+    row = gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, LQ)))[None, :, None]
+    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LQ)))[None, None, :]
+    row = gl.zeros([WARPS, ROWS_M, D], gl.int32, LQ) + row
     q = gl.load(q_ptr + ((row // GROUP) * stride_qt + (row % GROUP) * stride_qh + column), mask=row < GROUP * Q_LEN, other=0.0)
+    if FP8 and q.dtype == gl.bfloat16:
+        q, q_scale = to_fp16(q)
+        exponent /= q_scale
     if D > 128:  # from there every tile takes it: q and acc together exceed the registers
-        q_tile = gl.allocate_shared_memory(ring.dtype, [WARPS, ROWS_M, D], gl.SwizzledSharedLayout(8, 1, 8, order=[2, 1, 0]), q)
+        Q_SHARED: gl.constexpr = gl.SwizzledSharedLayout(4 * WIDTH, 1, 16 // WIDTH, order=[2, 1, 0])
+        q_tile = gl.allocate_shared_memory(q.dtype, [WARPS, ROWS_M, D], Q_SHARED, q)
 
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
     key = gl.arange(0, PART, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :] + warp * PART
@@ -206,11 +248,11 @@ def attend(
     for _ in range(tiles):
         stage = g % STAGES
         k_tile = ring.index(2 * stage)
-        v_tile = ring.index(2 * stage + 1)
+        v_tile = values.index(2 * stage + 1)
         mbarrier.wait(full.index(stage), (g // STAGES) & 1)
         if D > 128:
-            q = q_tile.load(LA)
-        k = k_tile.reshape([WARPS, PART, D]).permute((0, 2, 1)).load(LB)
+            q = q_tile.load(LQ)
+        k = k_tile.reshape([WARPS, PART, D]).permute((0, 2, 1)).load(LK).to(q.dtype)
         s = mma_v2(q, k, gl.zeros([WARPS, ROWS_M, PART], gl.float32, L))
         s = gl.where(key < valid, s, float("-inf"))
         m_new = gl.maximum(m, gl.max(s, 2) * exponent)
@@ -222,11 +264,16 @@ def attend(
         m = m_new
         if valid < BLOCK_N:
             clear_tail(v_tile, valid)
-        v = v_tile.reshape([WARPS, PART, D]).load(LB)
+        v = v_tile.reshape([WARPS, PART, v_tile.shape[1]]).load(LV)
         mbarrier.arrive(empty.index(stage), count=1)
-        acc = mma_v2(gl.convert_layout(p.to(ring.dtype), LA), v, acc)
+        if FP8:  # the even columns, then the odd ones; so in acc
+            v = gl.join(*unpack(v, ring.dtype == gl.float8e5)).permute((0, 1, 3, 2)).reshape([WARPS, PART, D])
+            v = gl.convert_layout(v, LV, assert_trivial=True)
+        acc = mma_v2(gl.convert_layout(p.to(q.dtype), LP), v, acc)
         valid -= BLOCK_N
         g += 1
+    if FP8:
+        acc = acc.reshape([WARPS, ROWS_M, 2, D // 2]).permute((0, 1, 3, 2)).reshape([WARPS, ROWS_M, D])
     return acc, m, l
 
 
@@ -248,14 +295,15 @@ def merge(acc, m, l, meet, meet_ml, LO: gl.constexpr):
 
 @gluon.jit
 def consume(
-    q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, inbox, GROUP: gl.constexpr,
-    Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr, HAS_LSE: gl.constexpr,
-    WARPS: gl.constexpr,
+    q_ptr, results, batch, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
+    GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr,
+    HAS_LSE: gl.constexpr, HAS_K_SCALE: gl.constexpr, HAS_V_SCALE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The consumer warps: the share's attention, to the output where it is the whole sequence, else to a partial; in a cluster, the
     cluster's part of the output."""
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr = results
     stride_qt, stride_qh, stride_ot, stride_oh = strides
+    k_scale_ptr, v_scale_ptr = scales
     BLOCK_N: gl.constexpr = ring.shape[1]
     D: gl.constexpr = ring.shape[2]
     ROWS: gl.constexpr = GROUP * Q_LEN  # row = query token * GROUP + head within the group
@@ -271,6 +319,8 @@ def consume(
         first_head = head.to(gl.int64) * GROUP
         q_ptr += first_token * stride_qt + first_head * stride_qh
         valid = kv_len - tile * BLOCK_N
+        if HAS_K_SCALE:
+            exponent *= gl.load(k_scale_ptr)
         acc, m, l = attend(q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh, GROUP, Q_LEN, WARPS)
         o, m, l = merge(acc, m, l, meet, meet_ml, LO)
         first_column = 0
@@ -282,6 +332,8 @@ def consume(
         inside = rows < ROWS
         o = o / gl.where(l == 0.0, 1.0, l)[:, None]
         if CLUSTER > 1 or alone:
+            if HAS_V_SCALE:
+                v_scale *= gl.load(v_scale_ptr)
             tokens = first_token + rows // GROUP
             heads = first_head + rows % GROUP
             pointers = out_ptr + (tokens * stride_ot + heads * stride_oh)[:, None] + columns[None, :]
@@ -310,7 +362,7 @@ def idle(CLUSTER: gl.constexpr):
     do_not_specialize_on_alignment=["kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def decode_split_hopper(
-    q_ptr, k_desc, v_desc, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
+    q_ptr, k_desc, v_desc, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, k_scale_ptr, v_scale_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sm_scale, v_scale, batch_size, num_splits,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     stride_qt, stride_qh, stride_ot, stride_oh,
@@ -336,18 +388,25 @@ def decode_split_hopper(
     HAS_LSE: gl.constexpr = lse_ptr is not None
     if not HAS_LSE:
         lse_ptr = partial_lse_ptr  # a partition takes no None
+    HAS_K_SCALE: gl.constexpr = k_scale_ptr is not None
+    if not HAS_K_SCALE:
+        k_scale_ptr = partial_lse_ptr
+    HAS_V_SCALE: gl.constexpr = v_scale_ptr is not None
+    if not HAS_V_SCALE:
+        v_scale_ptr = partial_lse_ptr
     # What comes next, stage 2 or another kernel, may take its place as soon as the last program of this stage has taken one.
     gdc_launch_dependents()
     batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
     results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr)
     strides = (stride_qt, stride_qh, stride_ot, stride_oh)
+    scales = (k_scale_ptr, v_scale_ptr)
     k_strides = (k_page_rows, k_head_rows, k_head_columns)
     v_strides = (v_page_rows, v_head_rows, v_head_columns)
     exponent = sm_scale * LOG2E
     gl.warp_specialize(
         [
-            (consume, (q_ptr, results, batch, strides, exponent, v_scale, ring, full, empty, meet, meet_ml, inbox,
-                       GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, CLUSTER, HAS_LSE, WARPS)),
+            (consume, (q_ptr, results, batch, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
+                       GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, CLUSTER, HAS_LSE, HAS_K_SCALE, HAS_V_SCALE, WARPS)),
             (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
                        PAGE_SIZE, BLOCK_B, CLUSTER)),
             (idle, (CLUSTER,)),

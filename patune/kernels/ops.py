@@ -97,7 +97,7 @@ def decode_call(
     workload = dict(batch_size=batch_size, kv_len=kv_len, ragged=ragged)
     if deterministic:
         workload = dict(batch_size=1, kv_len=DETERMINISTIC_KV_LEN)
-    extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    extras: dict[str, Any] = dict(window=window, soft_cap=soft_cap, sinks=sinks)
     hopper = not deterministic and decode_hopper.serves(device_of(q).capability, q, cache, out, q_len=q_len, **extras)
     template, values = _either(
         decode_hopper.TEMPLATE, decode.TEMPLATE, hopper, config, template, q, cache,
@@ -111,12 +111,12 @@ def decode_call(
     def build(q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
         cache = paged_cache(kv_cache, v_cache, kv_layout)
         arguments = q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values
+        scales = dict(sm_scale=sm_scale, k_scale=k_scale, v_scale=v_scale, v_factor=v_factor)
         if template == "decode_hopper":
-            return decode_hopper.launches(*arguments, sm_scale=sm_scale, q_len=q_len, v_factor=v_factor)
+            return decode_hopper.launches(*arguments, q_len=q_len, **scales)
         return decode.launches(
-            *arguments, sm_scale=sm_scale, q_len=q_len, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale,
-            v_scale=v_scale, v_factor=v_factor, own_shares=deterministic,
-        )  # fmt: skip
+            *arguments, q_len=q_len, window=window, soft_cap=soft_cap, sinks=sinks, own_shares=deterministic, **scales
+        )
 
     tensors = (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
     return Call(build, tensors, advice=3, config=(template, *values.values()))

@@ -12,18 +12,27 @@ from .template import Template
 
 OF_KERNEL = {"decode": ("decode", "decode_hopper"), "prefill": ("prefill", "prefill_hopper"), "append": ("append",)}
 NAMES = tuple(name for names in OF_KERNEL.values() for name in names)
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 ENTRY_POINTS = "patune.templates"  # the group in which an installed package names its templates
 
 
 def candidates(
-    kernel: str, capability: str | None, head_dim: int, page_size: int, rows: int = 1, wide: bool = True
+    kernel: str,
+    capability: str | None,
+    head_dim: int,
+    page_size: int,
+    rows: int = 1,
+    q_dtype: str = "bfloat16",
+    kv_dtype: str = "bfloat16",
 ) -> tuple[str, ...]:
     """The templates that can run a kernel's calls of a shape on a GPU, first the one to take where the table cannot tell.
 
-    rows: a decode's queries for a KV head. wide: whether the cache has 16 bits a value, like the queries.
+    rows: a decode's queries for a KV head. q_dtype, kv_dtype: names as in a Key.
     """
-    hopper = capability == "9.0" and head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256) and wide
-    if hopper and (kernel == "prefill" or (kernel == "decode" and rows <= 16)):
+    shape = head_dim in (64, 128, 256) and page_size in (8, 16, 32, 64, 128, 256)
+    types = {"prefill": (q_dtype,), "decode": (q_dtype, *FP8)}  # of the cache
+    hopper = capability == "9.0" and shape and q_dtype in ("bfloat16", "float16") and kv_dtype in types.get(kernel, ())
+    if hopper and (kernel == "prefill" or rows <= 16):
         return OF_KERNEL[kernel][::-1]
     return (kernel,)
 

@@ -1,5 +1,6 @@
 """A paged cache as TMA addresses it: K and V as matrices, loaded in boxes of rows of one page."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .cache import PagedCache
 
-SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+@functools.cache
+def swizzled(row_bytes: int, itemsize: int) -> gl.NVMMASharedLayout:
+    """How a box lies in shared memory: swizzled over 128 bytes of a row, or over all of a shorter one."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=8 * itemsize, rank=2)
+
+
+SWIZZLED = swizzled(128, 2)
 
 
 def aligned(x: torch.Tensor, *strides: int) -> bool:
@@ -53,10 +61,11 @@ def pool_arguments(cache: PagedCache, block_n: int) -> dict[str, object]:
     box = [min(cache.page_size, block_n), cache.head_dim]
     arguments: dict[str, object] = {}
     for name, x, strides in (("k", cache.k, cache.k_strides), ("v", cache.v, cache.v_strides)):
-        found = matrix(x, strides, cache)
+        found, size = matrix(x, strides, cache), x.element_size()
         assert found is not None
+        layout = swizzled(cache.head_dim * size, size)
         arguments |= {
-            f"{name}_desc": TensorDescriptor(x, [found.rows, found.columns], [strides[2], 1], box, SWIZZLED),
+            f"{name}_desc": TensorDescriptor(x, [found.rows, found.columns], [strides[2], 1], box, layout),
             f"{name}_page_rows": found.page_rows,
             f"{name}_head_rows": found.head_rows,
             f"{name}_head_columns": found.head_columns,

@@ -57,11 +57,13 @@ def test_lookup_answers_as_get_best_config(
 
 
 def test_lookup_names_the_template_that_a_call_takes(patune):
-    """Of the two on an H100, by the table that ships: 16-bit decodes are the Hopper one's, of an fp8 cache the plain one's."""
+    """Of the two on an H100, by the table that ships: the Hopper one's, also of an fp8 cache, but for fp32 queries."""
     decode = ("lookup", "--kernel", "decode", "--head-dim", 128, "--page-size", 16, "--q-heads", 32, "--kv-heads", 8,
               "--batch-size", 8, "--kv-len", 8192, "--gpu", "h100")  # fmt: skip
     assert patune(*decode).stdout.splitlines()[0] == "template: decode_hopper"
-    assert json.loads(patune(*decode, "--kv-dtype", "float8_e4m3fn", "--json").stdout)["template"] == "decode"
+    fp8 = ("--kv-dtype", "float8_e4m3fn", "--json")
+    assert json.loads(patune(*decode, *fp8).stdout)["template"] == "decode_hopper"
+    assert json.loads(patune(*decode, *fp8, "--dtype", "float32").stdout)["template"] == "decode"
 
 
 def test_query_heads_and_kv_heads_give_the_group(patune, tuned):

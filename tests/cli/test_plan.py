@@ -21,15 +21,15 @@ def test_shapes_that_differ_in_kv_heads_alone_share_a_key_and_have_the_workloads
 
 
 def test_every_standard_target_is_planned():
-    hopper = {
-        (f"{kernel}_hopper", s.head_dim, s.page_size, s.q_heads // s.kv_heads)
+    """With the one for Hopper where there is one; prefill's takes no fp8 cache."""
+    wanted = {
+        (name, s.head_dim, s.page_size, 1 if kernel == "append" else s.q_heads // s.kv_heads, s.kv_dtype or "bfloat16")
         for kernel, s in TARGETS
-        if kernel in ("decode", "prefill") and s.kv_dtype is None and s.head_dim <= 256
+        for name in (kernel, f"{kernel}_hopper")
+        if name == kernel or (s.head_dim <= 256 and (kernel == "decode" or (kernel == "prefill" and s.kv_dtype is None)))
     }
-    wanted = {(kernel, s.head_dim, s.page_size, 1 if kernel == "append" else s.q_heads // s.kv_heads) for kernel, s in TARGETS}
-    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv) for k in plan()} == wanted | hopper
-    types = {("bfloat16", s.kv_dtype or "bfloat16") for _, s in TARGETS}
-    assert {(k.gpu, k.sm_count, k.q_dtype, k.kv_dtype) for k in plan()} == {(H100.gpu, 132, *pair) for pair in types}
+    assert {(k.kernel, k.head_dim, k.page_size, k.q_heads_per_kv, k.kv_dtype) for k in plan()} == wanted
+    assert {(k.gpu, k.sm_count, k.q_dtype) for k in plan()} == {(H100.gpu, 132, "bfloat16")}
 
 
 def test_one_workload_means_the_usual_number_of_new_tokens_for_each_kernel():
@@ -55,7 +55,10 @@ def test_the_kernels_for_hopper_are_tuned_with_the_plain_ones_and_only_where_the
     for kernel in ("decode", "prefill"):
         assert {key.kernel for key in plan((kernel,))} == {kernel, f"{kernel}_hopper"}
         assert {key.kernel for key in plan((kernel,), Shape(8, 8, 80, 16))} == {kernel}
-        assert {key.kernel for key in plan((kernel,), Shape(32, 8, 128, 16, "float8_e4m3fn"))} == {kernel}
+        assert {key.kernel for key in Request((kernel,), Shape(32, 8, 128, 16), None, "float32").measured(H100)} == {kernel}
         assert {key.kernel for key in Request((kernel,), None, None, "bfloat16").measured(other)} == {kernel}
+    fp8 = Shape(32, 8, 128, 16, "float8_e4m3fn")
+    assert {key.kernel for key in plan(("decode",), fp8)} == {"decode", "decode_hopper"}
+    assert {key.kernel for key in plan(("prefill",), fp8)} == {"prefill"}
     assert {key.kernel for key in plan(("decode",), Shape(32, 1, 128, 16))} == {"decode"}
     assert {key.kernel for key in plan(("decode",), Shape(32, 8, 128), Sizes(4, 512, 5, False))} == {"decode"}

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 128, 16, 4), Workload(2, 5500)))
 ON_HOPPER = (("config", HOPPER),)
 PLAIN = patune.Config(DECODE.default(Key("decode", "", 132, 128, 16, 4), Workload(2, 5500)))
+FP8, SCALES = dict(kv_dtype=torch.float8_e4m3fn), (("k_scale", 0.5), ("v_scale", torch.tensor([2.0])))
 CASES = {  # those without a config are of the template that the table takes
     "split": Real((8000, 3000)),
     "ragged": Real(ragged(16, 1000)),
@@ -24,16 +25,18 @@ CASES = {  # those without a config are of the template that the table takes
     "pair": Real((8000, 3000), pair=True),
     "NHD": Real((8000, 3000), layout="NHD"),
     "strided q": Real((8000, 3000), strided_q=True),
-    "fp8": Real((8000, 3000), kv_dtype=torch.float8_e4m3fn, options=(("k_scale", 0.5), ("v_scale", torch.tensor([2.0])))),
+    "fp8": Real((8000, 3000), **FP8, options=SCALES),
     "options": Real((8000, 3000), options=(("sliding_window", 500), ("logits_soft_cap", 30.0), ("sinks", torch.ones(32)))),
     "speculative": Real((8000, 3000), 4),
     "plain": Real((8000, 3000), options=(("config", PLAIN),)),
     "plain, one split": Real((300,) * 64, options=(("config", patune.Config({**PLAIN, "num_splits": 1})),)),
+    "plain, fp8": Real((8000, 3000), **FP8, options=(*SCALES, ("config", PLAIN))),
     "Hopper": Real((8000, 3000), options=ON_HOPPER),
     "Hopper, NHD, pair, d64": Real((8000, 3000), layout="NHD", pair=True, head_dim=64, options=ON_HOPPER),
     "Hopper, one split": Real((300,) * 64, options=(("config", patune.Config({**HOPPER, "num_splits": 1, "cluster": 1})),)),
     "Hopper, clusters": Real((8000, 3000), options=(("config", patune.Config({**HOPPER, "num_splits": 4, "cluster": 4})),)),
     "Hopper, speculative": Real((8000, 3000), 4, options=ON_HOPPER),
+    "Hopper, fp8": Real((8000, 3000), **FP8, options=(*SCALES, *ON_HOPPER)),
 }
 
 

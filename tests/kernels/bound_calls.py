@@ -136,6 +136,10 @@ VARIATIONS = {
     "Hopper, one split": lambda: Arguments(config=patune.Config({**HOPPER, "num_splits": 1})),
     "Hopper, lse, no out": lambda: Arguments(config=HOPPER, return_lse=True, out=None),
     "Hopper, two tokens": lambda: Arguments(dataclasses.replace(CASE, q_lens=(2, 2)), config=HOPPER),
+    "Hopper, tensor scales": lambda: Arguments(config=HOPPER, k_scale=ONE, v_scale=ONE.clone()),
+    "Hopper, fp8": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e4m3fn"), config=HOPPER),
+    "Hopper, fp8, scales": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e4m3fn", scales=True), config=HOPPER),
+    "Hopper, e5m2": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e5m2"), config=HOPPER),
     "Hopper, larger pool": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000)), config=HOPPER),
 }
 

@@ -49,16 +49,18 @@ def test_building_the_launches_of_a_decode_allocates_and_takes_views_only(case):
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("pair", [False, True])
-def test_building_the_launches_for_hopper_allocates_and_takes_views_only(layout, pair):
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_building_the_launches_for_hopper_allocates_and_takes_views_only(layout, pair, kv_dtype):
     """The same of the other template; a tensor map is made when a kernel is launched."""
-    batch = Batch(Case((1, 1), (200, 330), dtype="bfloat16", layout=layout, pair=pair), "cpu")
+    batch = Batch(Case((1, 1), (200, 330), dtype="bfloat16", kv_dtype=kv_dtype, layout=layout, pair=pair), "cpu")
     out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
     cache = paged_cache(*(batch.kv_cache if pair else (batch.kv_cache, None)), layout)
     assert decode_hopper.serves("9.0", batch.q, cache, out)
+    scales = dict(sm_scale=0.1, k_scale=torch.ones(1), v_scale=torch.ones(1))
     for num_splits, cluster in ((1, 1), (3, 1), (4, 4)):
         config = dict(BLOCK_N=64, num_stages=3, cluster=cluster, num_splits=num_splits)
         with OnlyScratchAndViews():
-            assert decode_hopper.launches(batch.q, cache, *batch.pages, out, lse, config, sm_scale=0.1)
+            assert decode_hopper.launches(batch.q, cache, *batch.pages, out, lse, config, **scales)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")

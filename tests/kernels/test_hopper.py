@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compile_configs import compile_all
 from hypothesis import given
 from hypothesis import strategies as st
 from triton.runtime.jit import JITFunction
@@ -22,28 +23,39 @@ from patune.kernels.cache import paged_cache
 from patune.kernels.tma import matrix
 from patune.tuner.compile import SHARED_BYTES
 from patune.tuner.space import valid_points
+from patune.tuner.workloads import standard_workloads
 from patune.workload import Key, Workload
+
+RESERVED_BYTES = 1024  # that the driver keeps of each program's shared memory
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
+ITEMSIZE = {"bfloat16": 2, E4M3: 1, E5M2: 1}
 
 # head_dim, page_size, BLOCK_N, num_stages, schedule, issue. Not head_dim 64 in turns: Triton 3.7 spills a register an item there.
 BUILDS = [(64, 16, 128, 4, 1, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
 
 
-# The same without the last two: new tokens a sequence, of 8 queries a KV head each, cluster. A batch above 32 is walked in chunks.
+# The same without the last two: new tokens a sequence, of 8 queries a KV head each, the cache's type, cluster. A batch above 32 is
+# walked in chunks.
 DECODES = [
-    (64, 16, 128, 4, 1, 1), (64, 8, 128, 3, 2, 1), (64, 64, 64, 6, 2, 1), (128, 16, 64, 3, 1, 1), (128, 8, 64, 3, 2, 1),
-    (128, 8, 128, 3, 2, 1), (128, 16, 128, 2, 2, 1), (128, 256, 64, 6, 1, 1), (256, 8, 64, 3, 2, 1), (256, 16, 64, 3, 2, 1),
-    (256, 32, 64, 2, 1, 1), (64, 16, 128, 3, 1, 8), (128, 16, 64, 3, 2, 2), (128, 16, 128, 2, 1, 8), (256, 16, 64, 2, 2, 4),
+    (64, 16, 128, 4, 1, "bfloat16", 1), (64, 8, 128, 3, 2, "bfloat16", 1), (64, 64, 64, 6, 2, "bfloat16", 1),
+    (128, 16, 64, 3, 1, "bfloat16", 1), (128, 8, 64, 3, 2, "bfloat16", 1), (128, 8, 128, 3, 2, "bfloat16", 1),
+    (128, 16, 128, 2, 2, "bfloat16", 1), (128, 256, 64, 6, 1, "bfloat16", 1), (256, 8, 64, 3, 2, "bfloat16", 1),
+    (256, 16, 64, 3, 2, "bfloat16", 1), (256, 32, 64, 2, 1, "bfloat16", 1), (64, 16, 256, 3, 1, E5M2, 1),
+    (64, 8, 128, 6, 2, E4M3, 1), (128, 8, 128, 3, 2, E5M2, 1), (128, 256, 256, 2, 1, E4M3, 1),
+    (256, 8, 64, 2, 2, E4M3, 1), (256, 32, 128, 2, 2, E5M2, 1), (64, 16, 128, 3, 1, "bfloat16", 8),
+    (128, 16, 64, 3, 2, "bfloat16", 2), (128, 16, 128, 2, 1, "bfloat16", 8), (256, 16, 64, 2, 2, "bfloat16", 4),
+    (128, 16, 128, 3, 1, E4M3, 4),
 ]  # fmt: skip
-
-
 CLUSTERED = dict(BLOCK_N=64, num_stages=3, cluster=8, num_splits=8)
 
 
-def build(kernel: str, workload: Workload, head_dim: int, page_size: int, group: int, **values: int) -> dict:
+def build(
+    kernel: str, workload: Workload, head_dim: int, page_size: int, group: int, kv_dtype: str = "bfloat16", **values: int
+) -> dict:
     """What hopper_builds.py finds, in a process that has no TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
     program = Path(__file__).parents[1] / "hopper_builds.py"
-    key = dict(kernel=kernel, head_dim=head_dim, page_size=page_size, q_heads_per_kv=group)
+    key = dict(kernel=kernel, head_dim=head_dim, page_size=page_size, q_heads_per_kv=group, kv_dtype=kv_dtype)
     command = [sys.executable, program, *map(json.dumps, (key, asdict(workload), values))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -77,32 +89,56 @@ def test_the_decode_kernel_compiles_to_what_it_was_written_as():
     In a cluster every warp enters, and the inbox has the size and the place that were reckoned with.
     """
 
-    def of(head_dim, page_size, block_n, stages, q_len, cluster):
+    def of(head_dim, page_size, block_n, stages, q_len, kv_dtype, cluster):
         values = dict(BLOCK_N=block_n, num_stages=stages, cluster=cluster, num_splits=cluster if cluster > 1 else 4)
-        return build("decode_hopper", Workload(4 if q_len == 1 else 64, 4096, q_len), head_dim, page_size, 8, **values)
+        return build("decode_hopper", Workload(4 if q_len == 1 else 64, 4096, q_len), head_dim, page_size, 8, kv_dtype, **values)
 
     with ThreadPoolExecutor(2) as threads:
         built = list(threads.map(lambda values: of(*values), DECODES))
-    for (head_dim, page_size, block_n, stages, q_len, cluster), found in zip(DECODES, built, strict=True):
+    for (head_dim, page_size, block_n, stages, q_len, kv_dtype, cluster), found in zip(DECODES, built, strict=True):
         assert found["spill_bytes"] == [0, 0]
         assert decode_hopper.PRODUCER_REGISTERS in found["registers"]
-        assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) * (head_dim // 64)
-        programs = decode_hopper.programs_an_sm(block_n, stages, head_dim, 8 * q_len, cluster)
-        reserved = 1024  # bytes that the driver keeps of each program's shared memory
+        messages = max(1, head_dim * ITEMSIZE[kv_dtype] // 128)  # a box, as above
+        assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) * messages
+        programs = decode_hopper.programs_an_sm(block_n, stages, head_dim, ITEMSIZE[kv_dtype], 8 * q_len, cluster)
         inbox = found["static_shared_bytes"]
         assert inbox == (cluster_jit.inbox_bytes(8 * q_len, head_dim, cluster) if cluster > 1 else 0)
         assert inbox % cluster_jit.ALIGNMENT == 0
         assert found["entered_by"] == (4 if cluster > 1 else 0)  # consumers, producer, and two that idle
-        by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + inbox + reserved)
+        by_shared = decode_hopper.SM_SHARED_BYTES // (found["shared_bytes"] + inbox + RESERVED_BYTES)
         by_registers = decode_hopper.SM_REGISTERS // (found["used_registers"] * found["threads"])
         assert programs == min(by_shared, by_registers)
 
 
-def test_every_decode_config_leaves_room_for_one_or_two_programs_an_sm():
-    for head_dim in (64, 128, 256):
-        points = valid_points(decode_hopper.TEMPLATE, Key("decode_hopper", "", 132, head_dim, 16, 4), Workload(8, 4096))
-        rings = {(p["BLOCK_N"], p["num_stages"]) for p in points}
-        assert {decode_hopper.programs_an_sm(*ring, head_dim) for ring in rings} == ({1} if head_dim == 256 else {1, 2})
+def rings(head_dim: int, kv_dtype: str, workload: Workload) -> set[tuple[int, int]]:
+    """(BLOCK_N, num_stages) of the valid points of a key of decode."""
+    key = Key("decode_hopper", "", 132, head_dim, 16, 4, kv_dtype=kv_dtype)
+    return {(p["BLOCK_N"], p["num_stages"]) for p in valid_points(decode_hopper.TEMPLATE, key, workload) if p["cluster"] == 1}
+
+
+@pytest.mark.parametrize("kv_dtype", ITEMSIZE)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_decode_s_rings_leave_room_for_one_or_two_programs_an_sm_and_the_rule_takes_one_of_them(head_dim, kv_dtype):
+    """Few rings, so that a tuner can try them all; 256 tokens at a time only of fp8."""
+    for workload in standard_workloads("decode", 8):
+        found = rings(head_dim, kv_dtype, workload)
+        assert len(found) <= 7
+        programs = {decode_hopper.programs_an_sm(*ring, head_dim, ITEMSIZE[kv_dtype]) for ring in found}
+        assert programs == ({1} if (head_dim, kv_dtype) == (256, "bfloat16") else {1, 2})
+        assert (256 in {block_n for block_n, _ in found}) == (kv_dtype != "bfloat16" and head_dim < 256)
+        key = Key("decode_hopper", "", 132, head_dim, 16, 4, kv_dtype=kv_dtype)
+        default = decode_hopper.TEMPLATE.default(key, workload)
+        assert (default["BLOCK_N"], default["num_stages"]) in found
+
+
+def test_every_ring_of_fp8_compiles_without_spills_to_the_shared_memory_that_is_said():
+    """Of the key that is tuned by default. Said is at most a kilobyte more than is used, since barriers are rounded up."""
+    key, workload = Key("decode_hopper", "", 132, 128, 16, 4, kv_dtype=E4M3), Workload(8, 8192)
+    found = sorted(rings(128, E4M3, workload))
+    configs = [dict(BLOCK_N=block_n, num_stages=stages, cluster=1, num_splits=2) for block_n, stages in found]
+    for ring, built in zip(found, compile_all([["9.0", asdict(key), asdict(workload), c] for c in configs]), strict=True):
+        assert built["status"] == "ok" and built["spill_bytes"] == 0
+        assert 0 <= decode_hopper.shared_bytes(*ring, 128, 1) - built["shared_bytes"] - RESERVED_BYTES <= 1024
 
 
 @pytest.mark.parametrize(
@@ -174,10 +210,24 @@ def test_the_decode_kernel_takes_what_it_can_do_and_leaves_the_rest_to_the_plain
     assert not decodes("8.0") and not decodes("10.0") and not decodes(None)
     assert not decodes(group=17) and not decodes(group=4, q_len=5)  # more than 16 rows
     assert not decodes(head_dim=80) and not decodes(head_dim=512) and not decodes(page_size=4) and not decodes(page_size=48)
-    assert not decodes(dtype=torch.float32) and not decodes(kv_dtype=torch.float8_e4m3fn)
-    one = torch.ones(1)
-    for name, value in dict(window=7, soft_cap=5.0, sinks=one, k_scale=one, v_scale=one).items():
+    assert not decodes(dtype=torch.float32) and not decodes(kv_dtype=torch.float16)
+    for name, value in dict(window=7, soft_cap=5.0, sinks=torch.ones(1)).items():
         assert not decodes(**{name: value})
+
+
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_the_decode_kernel_takes_fp8_caches_of_the_same_shapes(fp8):
+    """With 16-bit queries, and where every row and page begins at a multiple of the 16 bytes that TMA asks for."""
+    for head_dim in (64, 128, 256):
+        for page_size in (8, 16, 32, 64, 128, 256):
+            assert decodes(head_dim=head_dim, page_size=page_size, kv_dtype=fp8)
+    assert decodes(dtype=torch.float16, kv_dtype=fp8) and not decodes(dtype=torch.float32, kv_dtype=fp8)
+    assert not decodes("8.0", kv_dtype=fp8) and not decodes(group=17, kv_dtype=fp8)
+    assert not decodes(head_dim=32, kv_dtype=fp8) and not decodes(page_size=4, kv_dtype=fp8)
+    for padding, dtype, taken in ((8, torch.bfloat16, True), (8, fp8, False), (16, fp8, True)):
+        kv = torch.zeros(2, 2, 2, 16, 64 + padding, dtype=dtype)[..., :64]
+        q = torch.zeros(3, 8, 64, dtype=torch.bfloat16)
+        assert decode_hopper.serves("9.0", q, paged_cache(kv, None, "HND"), torch.empty_like(q)) == taken
 
 
 @pytest.mark.parametrize(("plain_us", "hopper_us", "wanted"), [(5.0, 6.0, "prefill"), (6.0, 5.0, "prefill_hopper")])
