@@ -389,8 +389,8 @@ def own_splits(kv_heads: int) -> int:
     return min(32, max(16, 128 // kv_heads))
 
 
-def invalid(config: Values, key: Key, workload: Workload) -> str | None:
-    """Why a point need not run: it cannot fit, or another point does the same with less."""
+def invalid(config: Values, key: Key, workload: Workload, sms_a_program: int = 2) -> str | None:
+    """Why a point need not run: it cannot fit, or another point does the same with less, or has a program for fewer SMs."""
     block_n, warps, stages, splits = (config[name] for name in TUNABLES)
     row_bytes = max(16, next_power_of_2(key.head_dim)) * (1 if "float8" in key.kv_dtype else 2)
     if 2 * stages * block_n * row_bytes > 227 * 1024:  # an H100's; the compiled kernel tells it exactly
@@ -404,7 +404,8 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     programs = workload.batch_size * workload.kv_heads
     if splits > 1 and programs * splits > 20 * key.sm_count:
         return "more than 20 programs an SM"
-    if programs * splits * 2 < key.sm_count and splits < TUNABLES["num_splits"][-1] and 4 * splits * block_n <= workload.kv_len:
+    more_splits = splits < TUNABLES["num_splits"][-1] and 4 * splits * block_n <= workload.kv_len
+    if programs * splits * sms_a_program < key.sm_count and more_splits:
         return "leaves most SMs idle"
     return None
 
