@@ -105,9 +105,10 @@ def find(query: dict, *, table: lookup.Table | None = None) -> Config:
 
 
 def _answer(query: dict, entry: dict | None, source: str) -> Config:
-    """The config for a query from what the table has for it."""
-    if entry is None:
-        return Config(default_config(query) if query["kernel"] in NAMES else {}, "default")
+    """The config for a query from what the table has for it, if that still has the kernel's tunables."""
+    default = default_config(query) if query["kernel"] in NAMES else None
+    if entry is None or (default and entry["config"].keys() != default.keys()):
+        return Config(default or {}, "default")
     values = entry["config"] if source == "measured" else adapt(entry, query)
     return Config(values, source, lookup.provenance(entry))
 

@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patune.kernels.defaults import SPLITS, adapt, fit_splits
+from patune.cachedb import lookup
+from patune.kernels.config import find, query_for
+from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits
 
 
 def query(**changes):
@@ -39,3 +41,22 @@ def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, ragged):
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
     entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
+
+
+def test_a_measured_config_without_one_of_the_kernel_s_tunables_is_not_used():
+    """A table outlives a version that gave the kernel another tunable; a launch could only miss it."""
+    gpu = "NVIDIA H100 80GB HBM3"
+    sizes = dict(head_dim=128, page_size=16, sm_count=132, q_heads_per_kv=4, q_dtype="bfloat16", batch_size=8, kv_len=4096)
+    asked = query_for(
+        "decode_hopper", **sizes, device_name=gpu, kv_dtype=None, q_len=1, kv_heads=8, ragged=False, features=""
+    )  # fmt: skip
+    whole = default_config(asked)
+    entry = asked | dict(gpu=gpu, us=1.0, when="", triton="", torch="", driver="", source_hash="", mode="measured")
+
+    def found(values):
+        return find(asked, table=lookup.Table([entry | {"config": values}]))
+
+    assert found(whole | {"num_stages": 6}) == whole | {"num_stages": 6}
+    for name in whole:
+        assert found({k: v for k, v in whole.items() if k != name}) == whole
+    assert found(whole | {"waves": 2}) == whole

@@ -232,7 +232,7 @@ def test_paged_decode_is_a_sound_operator(pair, lse):
     log_sum = torch.zeros(2, 8, device=DEVICE) if lse else None
     opcheck(
         torch.ops.patune.paged_decode.default,
-        (batch.q, *split(batch.kv_cache), *batch.pages, torch.zeros_like(batch.q), log_sum, 0.1, "HND", 1, 30, 7, 5.0,
+        (batch.q, *split(batch.kv_cache), *batch.pages, torch.zeros_like(batch.q), log_sum, 0.1, "HND", 1, 30, None, 7, 5.0,
          torch.zeros(8, device=DEVICE), None, torch.ones(1, device=DEVICE), 1.0, False, [16, 4, 2, 2]),
     )  # fmt: skip
 

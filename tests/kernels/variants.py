@@ -38,7 +38,7 @@ def decode(cache, batch: int, kv_len: int, by: int = 0, **kw) -> None:
     )
     q = torch.zeros(batch, KV_HEADS * GROUP, HEAD_DIM, dtype=torch.bfloat16)
     torch.ops.patune.paged_decode(
-        q, cache, None, *(offset(x, by) for x in table), torch.empty_like(q), None, 0.125, "HND", 1, kw.get("max_kv_len"),
+        q, cache, None, *(offset(x, by) for x in table), torch.empty_like(q), None, 0.125, "HND", 1, kw.get("max_kv_len"), None,
         kw.get("window"), None, None, None, None, 1.0, False, kw.get("config"),
     )  # fmt: skip
 
