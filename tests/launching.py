@@ -16,7 +16,7 @@ def call_all(batch: Batch) -> None:
     options = (7, 5.0, sinks, one, one, 1.0)
     kv, qo = batch.kv_cache, batch.qo_indptr
     ops._paged_decode(batch.q, kv, None, *batch.pages, out, lse, 0.1, "HND", 1, 30, None, *options, False, None)
-    ops._paged_decode(batch.q, kv, None, *batch.pages, out, lse, 0.1, "HND", 1, None, *options, False, [16, 4, 2, 3])
+    ops._paged_decode(batch.q, kv, None, *batch.pages, out, lse, 0.1, "HND", 1, None, None, *options, False, [16, 4, 2, 3])
     ops._paged_prefill(batch.q, kv, None, qo, *batch.pages, out, lse, 0.1, "HND", 1, True, *options, None)
     indices = patune.get_batch_indices_positions(qo, batch.seq_lens, 2)
     ops._append(k, k, *indices, kv, None, *batch.pages[:2], "HND", one, one, 1.0, 1.0, None)
