@@ -69,17 +69,8 @@ def paged_decode(
         q, k, v, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out,
         sm_scale, kv_layout, q_len_per_seq, sliding_window, logits_soft_cap, max_kv_len, ragged, deterministic, return_lse, config,
     )  # fmt: skip
-    if found is not None:
-        key, pointers, repeated = found
-        if repeated is not None:
-            if out is None:
-                out = _out(q)
-                pointers.append(out.data_ptr())
-            lse = _lse(q) if return_lse else None
-            if lse is not None:
-                pointers.append(lse.data_ptr())
-            repeated.run(pointers)
-            return (out, lse) if return_lse else out
+    if found is not None and found[2] is not None:
+        return _repeat(found[1], found[2], q, out, return_lse)
     given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if q_len_per_seq < 1:
         raise bad("q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
@@ -100,7 +91,7 @@ def paged_decode(
         max_kv_len, ragged, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic,
         _values(template, config), template.name,
     )  # fmt: skip
-    with nullcontext() if found is None else bound.waiting(key):
+    with nullcontext() if found is None else bound.waiting(found[0]):
         torch.ops.patune.paged_decode(*arguments)
     return (out, lse) if return_lse else out
 
@@ -133,6 +124,13 @@ def paged_prefill(
     causal: query i sees keys up to kv_len - q_len + i; False lets it see all (then no sliding_window).
     The other arguments, the result and the errors are those of `paged_decode`. Rows of q past qo_indptr[-1] are not written.
     """
+    k, v = kv_cache if isinstance(kv_cache, tuple) and len(kv_cache) == 2 else (kv_cache, None)
+    found = bound.find(
+        q, k, v, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out,
+        "prefill", sm_scale, max_q_len, causal, kv_layout, sliding_window, logits_soft_cap, return_lse, config,
+    )  # fmt: skip
+    if found is not None and found[2] is not None:
+        return _repeat(found[1], found[2], q, out, return_lse)
     given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if max_q_len < 0:
         raise bad("max_q_len", f"expected at least 0, got {max_q_len}")
@@ -145,11 +143,13 @@ def paged_prefill(
     out = _out(q) if out is None else out
     lse = _lse(q) if return_lse else None
     template = PREFILL_HOPPER if config is not None and set(config) == set(PREFILL_HOPPER.tunables) else PREFILL
-    torch.ops.patune.paged_prefill(
+    arguments = (
         q, *given.kv, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, given.sm_scale * given.k_factor, kv_layout,
         max_q_len, causal, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor,
         _values(template, config), template.name,
     )  # fmt: skip
+    with nullcontext() if found is None else bound.waiting(found[0]):
+        torch.ops.patune.paged_prefill(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -286,6 +286,20 @@ def merge_states(
     a = torch.where(weight_a > 0, o_a.float() * weight_a, 0.0)  # where: an o of NaN with weight 0 counts for nothing
     b = torch.where(weight_b > 0, o_b.float() * weight_b, 0.0)
     return (a + b).to(o_a.dtype), lse
+
+
+def _repeat(pointers: list[int], repeated: bound.Bound, q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> Any:
+    """What a decode or a prefill of q returns, by what is bound to its key."""
+    if out is None:
+        out = _out(q)
+        pointers.append(out.data_ptr())
+    if not return_lse:
+        repeated.run(pointers)
+        return out
+    lse = _lse(q)
+    pointers.append(lse.data_ptr())
+    repeated.run(pointers)
+    return out, lse
 
 
 class _Attention(NamedTuple):

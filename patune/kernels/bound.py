@@ -62,6 +62,7 @@ class Call(NamedTuple):
     tensors: tuple[torch.Tensor | None, ...]
     advice: int | None = None  # index of a tensor whose length decides the config and nothing else
     config: tuple[str | int, ...] = ()
+    bindable: bool = True  # whether `build` does nothing on the device but allocate
 
 
 class Bound(NamedTuple):
@@ -127,7 +128,7 @@ def waiting(key: tuple) -> Iterator[None]:
 def remember(call: Call, kernels: list[Any]) -> None:
     """Bind a call that these kernels, one a launch, have just run to the key that waits for it, if one does."""
     key = _waiting.key
-    if key is None or not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+    if key is None or not call.bindable or not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
         return
     if len(_bound) >= MAX_BOUND:
         forget()

@@ -127,13 +127,14 @@ def _paged_decode(q, *arguments, **options):
         remember(call, run(call.build(*call.tensors), q))
 
 
-def _paged_prefill(
+def prefill_call(
     q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, max_q_len,
     causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, template="prefill", kv_len=None,
-):  # fmt: skip
+) -> Call | None:  # fmt: skip
+    """The call that operator paged_prefill makes of its arguments; None if there is nothing to do."""
     batch_size = kv_indptr.shape[0] - 1
     if batch_size == 0 or q.shape[0] == 0:
-        return
+        return None
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = kv_len or _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     ragged = (max_q_len or 0) * batch_size >= 2 * q.shape[0]
@@ -142,11 +143,26 @@ def _paged_prefill(
                     features=_features(window, soft_cap, sinks))  # fmt: skip
     hopper = prefill_hopper.serves(device_of(q).capability, q, cache, out, **extras)
     template, values = _either(prefill_hopper.TEMPLATE, prefill.TEMPLATE, hopper, config, template, q, cache, **workload)
-    launches, options = (prefill_hopper.launches, {}) if template == "prefill_hopper" else (prefill.launches, extras)
-    run(launches(
-        q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values, qo_indptr=qo_indptr,
-        max_q_len=q.shape[0] if max_q_len is None else max_q_len, sm_scale=sm_scale, causal=causal, v_factor=v_factor, **options,
-    ), q)  # fmt: skip
+    max_q_len = q.shape[0] if max_q_len is None else max_q_len
+
+    def build(q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
+        cache = paged_cache(kv_cache, v_cache, kv_layout)
+        arguments = q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values
+        options = dict(qo_indptr=qo_indptr, max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, v_factor=v_factor)
+        if template == "prefill_hopper":
+            return prefill_hopper.launches(*arguments, **options)
+        return prefill.launches(
+            *arguments, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, **options
+        )
+
+    tensors = (q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
+    counted = values.get("schedule") == prefill_hopper.DYNAMIC  # by a counter that building the launches sets to 0
+    return Call(build, tensors, advice=4, config=(template, *values.values()), bindable=not counted)
+
+
+def _paged_prefill(q, *arguments, **options):
+    if call := prefill_call(q, *arguments, **options):
+        remember(call, run(call.build(*call.tensors), q))
 
 
 def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,

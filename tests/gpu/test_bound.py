@@ -76,6 +76,42 @@ def test_a_bound_call_is_bit_for_bit_the_call_before_it(name):
             assert decode(buffers, out=poisoned) is poisoned and torch.equal(poisoned, out)
 
 
+STATIC = patune.Config(dict(BLOCK_N=128, num_stages=2, schedule=1, issue=1))
+PREFILLS = {
+    "plain": ((), {"sliding_window": 500}),
+    "Hopper": ((), {"config": STATIC}),
+    "Hopper, NHD, pair, d64": ((("layout", "NHD"), ("pair", True), ("head_dim", 64)), {"config": STATIC}),
+}
+
+
+@pytest.mark.parametrize("name", PREFILLS)
+def test_a_bound_prefill_is_bit_for_bit_the_call_before_it(name):
+    """The same of a prefill, over other data in other memory; a larger bound on the lengths is another key."""
+    if name.startswith("Hopper"):
+        only_on_hopper()
+    case, options = PREFILLS[name]
+    b, other = (Buffers(Real((4000, 1500), (1000, 1500), **dict(case))) for _ in range(2))
+    other.q = other.q.flip(0).contiguous()
+
+    def prefill(b: Buffers, **kw):
+        options_of = b.options | options | dict(max_q_len=1500, return_lse=True) | kw
+        return patune.paged_prefill(b.q, b.kv_cache, b.qo_indptr, *b.table, **options_of)
+
+    wanted = []
+    for buffers in (b, other):
+        bound.forget()
+        wanted.append(prefill(buffers))
+    assert len(bound._bound) == 1 and all(bound._bound.values())
+    for buffers, (out, lse) in zip((b, other, b), (*wanted, wanted[0]), strict=True):
+        for _ in range(2):
+            got, got_lse = prefill(buffers)
+            assert torch.equal(got, out) and torch.equal(got_lse, lse)
+            poisoned = buffers.poisoned()
+            assert prefill(buffers, out=poisoned)[0] is poisoned and torch.equal(poisoned, out)
+    assert torch.equal(prefill(b, max_q_len=2000)[0], wanted[0][0])
+    assert len(bound._bound) == 3 and all(bound._bound.values()), "with out made and given, and with the other bound"
+
+
 def test_each_pool_of_a_bound_call_is_read_by_its_own_tensor_maps():
     """The layers of a model in turn; then other values, and another number of pages, at the address of a pool that was freed."""
     only_on_hopper()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patune
 from kernels.test_errors import UNSUPPORTED, WRONG
 from patune.cachedb import lookup
-from patune.kernels import bound, decode_hopper, decode_hopper_jit, ops
+from patune.kernels import bound, decode_hopper, decode_hopper_jit, ops, prefill, prefill_hopper
 from patune.workload import Key, Workload
 
 standin.install()
@@ -28,6 +28,9 @@ settings.load_profile("bound")
 CASE = Case((1, 1), (200, 330), dtype="bfloat16")  # the H100's table or the rule splits it: two launches
 PLAIN = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
 HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 64, 16, 4), Workload(2, 265)))
+PREFILL = Case((5, 300), (200, 330), dtype="bfloat16")
+PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 64, 16, 4), Workload(2, 265, 150)))
+PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1))
 
 
 @pytest.fixture(autouse=True)
@@ -37,18 +40,23 @@ def nothing_bound():
 
 
 class Arguments(dict):
-    """The arguments of a decode of a case, in memory of their own."""
+    """The arguments of a decode of a case, or of a prefill if max_q_len is given, in memory of their own."""
 
     def __init__(self, case: Case = CASE, **changes):
         batch = Batch(case, "cpu")
         names = ("kv_indices", "kv_indptr", "kv_last_page_len")
         super().__init__(q=batch.q, kv_cache=batch.kv_cache, **dict(zip(names, batch.pages)), **batch.options)
-        self.update(dict(q_len_per_seq=case.q_lens[0], out=batch.nan_like_q()) | changes)
+        own = dict(qo_indptr=batch.qo_indptr) if "max_q_len" in changes else dict(q_len_per_seq=case.q_lens[0])
+        self.update(dict(**own, out=batch.nan_like_q()) | changes)
+
+
+def call(arguments: dict):
+    return (patune.paged_prefill if "max_q_len" in arguments else patune.paged_decode)(**arguments)
 
 
 def launched(arguments: dict) -> list:
-    """What a decode launches."""
-    result = patune.paged_decode(**arguments)
+    """What a call launches."""
+    result = call(arguments)
     pairs = [x if isinstance(x, tuple) else (x,) for x in (*arguments.values(), result)]
     return standin.launches([x for pair in pairs for x in pair if isinstance(x, torch.Tensor)])
 
@@ -59,12 +67,12 @@ def unbound(arguments: dict) -> list:
 
 
 def is_bound(arguments: dict) -> bool:
-    """Whether a decode's second call passes by Triton's JIT, which would hand its tensors to the launcher."""
+    """Whether a call's repetition passes by Triton's JIT, which would hand its tensors to the launcher."""
     for _ in range(2):
         standin.made.clear()
-        patune.paged_decode(**arguments)
+        call(arguments)
     passed = [*itertools.chain.from_iterable(standin.made)]
-    passed += itertools.chain.from_iterable(x for x in passed if isinstance(x, tuple))  # Triton 3.7 has them in a tuple
+    passed += itertools.chain.from_iterable(x for x in passed if isinstance(x, tuple | list))  # Triton 3.7 has them in one
     standin.made.clear()
     assert passed
     return not any(isinstance(x, torch.Tensor) for x in passed)
@@ -140,6 +148,17 @@ VARIATIONS = {
     "Hopper, fp8": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e4m3fn"), config=HOPPER),
     "Hopper, fp8, scales": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e4m3fn", scales=True), config=HOPPER),
     "Hopper, e5m2": lambda: Arguments(dataclasses.replace(CASE, kv_dtype="float8_e5m2"), config=HOPPER),
+    "prefill": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER),
+    "prefill, fewer programs": lambda: Arguments(PREFILL, max_q_len=1, config=PREFILL_HOPPER),
+    "prefill, not causal": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER, causal=False),
+    "prefill, lse, no out": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER, return_lse=True, out=None),
+    "prefill, NHD": lambda: Arguments(dataclasses.replace(PREFILL, layout="NHD"), max_q_len=300, config=PREFILL_HOPPER),
+    "prefill, pair": lambda: Arguments(dataclasses.replace(PREFILL, pair=True), max_q_len=300, config=PREFILL_HOPPER),
+    "prefill, other tokens": lambda: Arguments(dataclasses.replace(PREFILL, q_lens=(7, 290)), max_q_len=300, config=PREFILL_HOPPER),
+    "prefill, plain": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_PLAIN),
+    "prefill, plain, options": lambda: Arguments(
+        PREFILL, max_q_len=300, config=PREFILL_PLAIN, sliding_window=50, sinks=torch.zeros(8), k_scale=ONE, v_scale=2.0
+    ),
     "Hopper, larger pool": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000)), config=HOPPER),
 }
 
@@ -153,6 +172,12 @@ def test_a_bound_call_launches_what_an_unbound_one_does(name):
     assert launched(others) == want_others
     assert launched(arguments) == want
     assert is_bound(arguments)
+
+
+def test_a_prefill_that_takes_items_from_a_counter_is_not_bound():
+    """The counter is set to 0 on the device before each launch."""
+    config = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
+    assert not is_bound(Arguments(PREFILL, max_q_len=300, config=config)) and not bound._bound
 
 
 @pytest.mark.parametrize("name", VARIATIONS)

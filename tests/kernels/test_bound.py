@@ -11,7 +11,7 @@ from hypothesis import given
 from paged import Batch, Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patune.kernels import bound, decode_hopper, ops
+from patune.kernels import bound, decode_hopper, ops, prefill_hopper
 from patune.kernels.cache import paged_cache
 
 
@@ -61,6 +61,38 @@ def test_building_the_launches_for_hopper_allocates_and_takes_views_only(layout,
         config = dict(BLOCK_N=64, num_stages=3, cluster=cluster, num_splits=num_splits)
         with OnlyScratchAndViews():
             assert decode_hopper.launches(batch.q, cache, *batch.pages, out, lse, config, **scales)
+
+
+@given(cases(prefill=True))
+def test_building_the_launches_of_a_prefill_allocates_and_takes_views_only(case):
+    batch = Batch(case, "cpu")
+    out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
+    one, sinks = torch.ones(1), batch.options.get("sinks")
+    kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
+    call = ops.prefill_call(
+        batch.q, *kv, batch.qo_indptr, *batch.pages, out, lse, 0.1, case.layout, max(case.q_lens), True, case.window, case.soft_cap,
+        sinks, one, one, 1.0, [64, 64, 4, 2],
+    )  # fmt: skip
+    with OnlyScratchAndViews():
+        assert call.build(*call.tensors)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_building_the_launch_of_a_prefill_for_hopper_allocates_only_but_for_a_counter(layout):
+    """With one, a call is not bound: see bound_calls.py."""
+    batch = Batch(Case((5, 300), (200, 330), dtype="bfloat16", layout=layout), "cpu")
+    cache, out = paged_cache(batch.kv_cache, None, layout), batch.nan_like_q()
+    assert prefill_hopper.serves("9.0", batch.q, cache, out)
+
+    def build(schedule: int):
+        config = dict(BLOCK_N=64, num_stages=4, schedule=schedule, issue=1)
+        options = dict(qo_indptr=batch.qo_indptr, max_q_len=300, sm_scale=0.1)
+        with OnlyScratchAndViews():
+            return prefill_hopper.launches(batch.q, cache, *batch.pages, out, None, config, **options)
+
+    assert build(prefill_hopper.STATIC)
+    with pytest.raises(AssertionError, match="while launches were built"):
+        build(prefill_hopper.DYNAMIC)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
