@@ -125,8 +125,8 @@ def waiting(key: tuple) -> Iterator[None]:
         _waiting.key = None
 
 
-def remember(call: Call, kernels: list[Any]) -> None:
-    """Bind a call that these kernels, one a launch, have just run to the key that waits for it, if one does."""
+def remember(call: Call, launches: list[Launch], kernels: list[Any]) -> None:
+    """Bind a call to the key that waits for it, if one does. Its launches have just run, as these kernels."""
     key = _waiting.key
     if key is None or not call.bindable or not all(isinstance(kernel, CompiledKernel) for kernel in kernels):
         return
@@ -134,13 +134,14 @@ def remember(call: Call, kernels: list[Any]) -> None:
         forget()
     same = _without_length(key, call)
     if same not in _of_config:
-        _of_config[same] = _bind(call, kernels)
+        _of_config[same] = _bind(call, launches, kernels)
     _bound[key] = _of_config[same]
 
 
-def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
+def _bind(call: Call, launched: list[Launch], kernels: list[CompiledKernel]) -> Bound | None:
     """The launches of a call by its compiled kernels; None if one has an argument that is not understood."""
-    # Built from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from.
+    # Built from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from. All else is
+    # taken from what ran: these tensors are on no GPU, whose number of SMs may be the grid.
     apart = [None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in call.tensors]
     origins = {_storage(x): (i, 0) for i, x in enumerate(x for x in apart if x is not None)}
     scratch, scratch_bytes = len(origins), 0
@@ -154,11 +155,13 @@ def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
         offset = start + x.storage_offset() * x.element_size()
         return _Later(f"pointer_{source} + {offset}" if offset else f"pointer_{source}")
 
-    launches, entries = call.build(*apart), []
-    for launch, kernel in zip(launches, kernels, strict=True):
+    entries = []
+    for launch, ran, kernel in zip(call.build(*apart), launched, kernels, strict=True):
         arguments: list[Any] = []
         for parameter in launch.fn.params:
             value = launch.args.get(parameter.name, parameter.default)
+            if not isinstance(value, (torch.Tensor, TensorDescriptor)):
+                value = ran.args.get(parameter.name, parameter.default)
             if isinstance(value, torch.Tensor):
                 value = pointer(value) if value.numel() else 0  # data_ptr() of an empty one is 0, wherever it begins
             elif isinstance(value, TensorDescriptor):
@@ -167,7 +170,7 @@ def _bind(call: Call, kernels: list[CompiledKernel]) -> Bound | None:
             elif not isinstance(value, IMMUTABLE):
                 return None  # it may hold a tensor
             arguments.append(value)
-        entry = _entry(kernel, launch.grid, arguments)
+        entry = _entry(kernel, ran.grid, arguments)
         if entry is None:
             return None
         entries.append(entry)

@@ -124,7 +124,8 @@ def decode_call(
 
 def _paged_decode(q, *arguments, **options):
     if call := decode_call(q, *arguments, **options):
-        remember(call, run(call.build(*call.tensors), q))
+        launches = call.build(*call.tensors)
+        remember(call, launches, run(launches, q))
 
 
 def prefill_call(
@@ -162,7 +163,8 @@ def prefill_call(
 
 def _paged_prefill(q, *arguments, **options):
     if call := prefill_call(q, *arguments, **options):
-        remember(call, run(call.build(*call.tensors), q))
+        launches = call.build(*call.tensors)
+        remember(call, launches, run(launches, q))
 
 
 def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,

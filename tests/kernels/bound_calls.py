@@ -174,6 +174,15 @@ def test_a_bound_call_launches_what_an_unbound_one_does(name):
     assert is_bound(arguments)
 
 
+def test_a_bound_call_has_the_grid_of_its_gpu(monkeypatch):
+    """A program an SM, of which tensors on no GPU have another number."""
+    real = prefill_hopper.device_of
+    monkeypatch.setattr(prefill_hopper, "device_of", lambda x: real(x) if x.is_meta else real(x)._replace(sm_count=3))
+    arguments = Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER)
+    want = unbound(arguments)
+    assert launched(arguments) == want and is_bound(arguments)
+
+
 def test_a_prefill_that_takes_items_from_a_counter_is_not_bound():
     """The counter is set to 0 on the device before each launch."""
     config = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
@@ -286,13 +295,14 @@ def test_any_change_of_a_template_s_call_that_matters_rebinds(pieces, changes):
         x = flat[pieces["start"] :][: pieces["length"] * step : step]
         y = (flat if pieces["shared"] else flat.clone())[pieces["other"] :][:20]
         call = bound.Call(build(n, step), (x, y))
-        kernels = [launch.run() for launch in call.build(*call.tensors)]
+        built = call.build(*call.tensors)
+        kernels = [launch.run() for launch in built]
         want = standin.launches([x, y])
         for _ in range(3):
             key, pointers, found = bound.find(x, y, n, step)
             if found is None:
                 with bound.waiting(key):
-                    bound.remember(call, kernels)
+                    bound.remember(call, built, kernels)
             else:
                 found.run(pointers)
                 assert standin.launches([x, y]) == want
