@@ -69,8 +69,9 @@ def paged_decode(
         q, k, v, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out,
         sm_scale, kv_layout, q_len_per_seq, sliding_window, logits_soft_cap, max_kv_len, ragged, deterministic, return_lse, config,
     )  # fmt: skip
-    if found is not None and found[2] is not None:
-        return _repeat(found[1], found[2], q, out, return_lse)
+    key, pointers, repeated = found or (None, [], None)
+    if repeated is not None:
+        return _repeat(repeated, pointers, q, out, return_lse)
     given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if q_len_per_seq < 1:
         raise bad("q_len_per_seq", f"expected at least 1, got {q_len_per_seq}")
@@ -91,7 +92,7 @@ def paged_decode(
         max_kv_len, ragged, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor, deterministic,
         _values(template, config), template.name,
     )  # fmt: skip
-    with nullcontext() if found is None else bound.waiting(found[0]):
+    with nullcontext() if key is None else bound.waiting(key):
         torch.ops.patune.paged_decode(*arguments)
     return (out, lse) if return_lse else out
 
@@ -129,8 +130,9 @@ def paged_prefill(
         q, k, v, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out,
         "prefill", sm_scale, max_q_len, causal, kv_layout, sliding_window, logits_soft_cap, return_lse, config,
     )  # fmt: skip
-    if found is not None and found[2] is not None:
-        return _repeat(found[1], found[2], q, out, return_lse)
+    key, pointers, repeated = found or (None, [], None)
+    if repeated is not None:
+        return _repeat(repeated, pointers, q, out, return_lse)
     given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     if max_q_len < 0:
         raise bad("max_q_len", f"expected at least 0, got {max_q_len}")
@@ -148,7 +150,7 @@ def paged_prefill(
         max_q_len, causal, sliding_window, logits_soft_cap, sinks, *given.scales, given.v_factor,
         _values(template, config), template.name,
     )  # fmt: skip
-    with nullcontext() if found is None else bound.waiting(found[0]):
+    with nullcontext() if key is None else bound.waiting(key):
         torch.ops.patune.paged_prefill(*arguments)
     return (out, lse) if return_lse else out
 
@@ -288,7 +290,7 @@ def merge_states(
     return (a + b).to(o_a.dtype), lse
 
 
-def _repeat(pointers: list[int], repeated: bound.Bound, q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> Any:
+def _repeat(repeated: bound.Bound, pointers: list[int], q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> Any:
     """What a decode or a prefill of q returns, by what is bound to its key."""
     if out is None:
         out = _out(q)
