@@ -95,10 +95,8 @@ def get_best_config(
         "batch_size": batch_size, "kv_len": kv_len, "q_len": q_len, "kv_heads": kv_heads, "ragged": ragged,
     }}  # fmt: skip
     entry, source = _ENTRIES.find(query)
-    if entry is None:
-        return Config(default_config(query), source, {{}})
-    values = entry["config"] if source == "measured" else adapt(entry, query)
-    return Config(values, source, provenance(entry))
+    values, source = answer(query, entry, source)
+    return Config(values, source, {{}} if source == "default" else provenance(entry))
 
 
 _ENTRIES = Table(

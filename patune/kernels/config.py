@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cachedb import lookup
 from ..errors import UsageError
-from .defaults import adapt, default_config
+from .defaults import adapt, answer
 from .registry import ENTRY_POINTS, NAMES
 
 
@@ -105,12 +105,14 @@ def find(query: dict, *, table: lookup.Table | None = None) -> Config:
 
 
 def _answer(query: dict, entry: dict | None, source: str) -> Config:
-    """The config for a query from what the table has for it, if that still has the kernel's tunables."""
-    default = default_config(query) if query["kernel"] in NAMES else None
-    if entry is None or (default and entry["config"].keys() != default.keys()):
-        return Config(default or {}, "default")
-    values = entry["config"] if source == "measured" else adapt(entry, query)
-    return Config(values, source, lookup.provenance(entry))
+    """The config for a query from what the table has for it."""
+    if query["kernel"] in NAMES:
+        values, source = answer(query, entry, source)
+    elif entry is None:
+        values = {}
+    else:
+        values = entry["config"] if source == "measured" else adapt(entry, query)
+    return Config(values, source, lookup.provenance(entry) if entry and source != "default" else None)
 
 
 def find_either(first: dict, second: dict, *, table: lookup.Table | None = None) -> tuple[str, Config]:

@@ -60,6 +60,17 @@ def adapt(entry: dict, query: dict) -> dict:
     return config
 
 
+def answer(query: dict, entry: dict | None, source: str) -> tuple[dict, str]:
+    """The config for a query from the table's entry for it, and its source.
+
+    An entry without one of the kernel's tunables, or with another one, is from before they were what they are and is passed over.
+    """
+    default = default_config(query)
+    if entry is None or entry["config"].keys() != default.keys():
+        return default, "default"
+    return dict(entry["config"]) if source == "measured" else adapt(entry, query), source
+
+
 def query_of(key, workload) -> dict:
     """The query that asks for exactly this Key and Workload."""
     return {
