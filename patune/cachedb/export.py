@@ -95,7 +95,7 @@ def get_best_config(
         "batch_size": batch_size, "kv_len": kv_len, "q_len": q_len, "kv_heads": kv_heads, "ragged": ragged,
     }}  # fmt: skip
     entry, source = _ENTRIES.find(query)
-    values, source = answer(query, entry, source)
+    values, source = answer(query, entry, source, default_config(query))
     return Config(values, source, {{}} if source == "default" else provenance(entry))
 
 

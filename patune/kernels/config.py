@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cachedb import lookup
 from ..errors import UsageError
-from .defaults import adapt, answer
+from .defaults import answer, default_config
 from .registry import ENTRY_POINTS, NAMES
 
 
@@ -106,12 +106,8 @@ def find(query: dict, *, table: lookup.Table | None = None) -> Config:
 
 def _answer(query: dict, entry: dict | None, source: str) -> Config:
     """The config for a query from what the table has for it."""
-    if query["kernel"] in NAMES:
-        values, source = answer(query, entry, source)
-    elif entry is None:
-        values = {}
-    else:
-        values = entry["config"] if source == "measured" else adapt(entry, query)
+    default = default_config(query) if query["kernel"] in NAMES else {}
+    values, source = answer(query, entry, source, default)
     return Config(values, source, lookup.provenance(entry) if entry and source != "default" else None)
 
 

@@ -13,6 +13,7 @@ from . import append, decode, decode_hopper, prefill, prefill_hopper
 from .bound import Call, remember
 from .cache import paged_cache
 from .config import find, find_either
+from .defaults import without_cluster
 from .device import device_of
 from .indices import place_launch
 from .template import Launch, Template, Values
@@ -103,8 +104,9 @@ def decode_call(
         decode_hopper.TEMPLATE, decode.TEMPLATE, hopper, config, template, q, cache,
         q_len=q_len, features=_features(window, soft_cap, sinks), **workload,
     )  # fmt: skip
-    if config is None and not even and "cluster" in values:
-        values = {**values, "cluster": 1}  # a cluster a sequence: the longest one of an uneven batch would hold up all
+    if config is None and not even and values.get("cluster", 1) > 1:
+        # Of a cluster a sequence, the longest one of an uneven batch would hold up all.
+        values = without_cluster(dict(values), device_of(q).sm_count, workload | {"kv_heads": cache.kv_heads})
     if deterministic and config is None:
         values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
 
@@ -122,10 +124,14 @@ def decode_call(
     return Call(build, tensors, advice=3, config=(template, *values.values()))
 
 
-def _paged_decode(q, *arguments, **options):
-    if call := decode_call(q, *arguments, **options):
+def _make(call: Call | None, tensor: torch.Tensor) -> None:
+    if call is not None:
         launches = call.build(*call.tensors)
-        remember(call, launches, run(launches, q))
+        remember(call, launches, run(launches, tensor))
+
+
+def _paged_decode(q, *arguments, **options):
+    _make(decode_call(q, *arguments, **options), q)
 
 
 def prefill_call(
@@ -162,9 +168,7 @@ def prefill_call(
 
 
 def _paged_prefill(q, *arguments, **options):
-    if call := prefill_call(q, *arguments, **options):
-        launches = call.build(*call.tensors)
-        remember(call, launches, run(launches, q))
+    _make(prefill_call(q, *arguments, **options), q)
 
 
 def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,

@@ -251,8 +251,8 @@ def test_the_kernel_that_was_faster_on_the_workload_is_taken(plain_us, hopper_us
     assert chosen(plain) == chosen() == chosen(plain, hopper | dict(kv_len=2048)) == "prefill_hopper"
 
 
-def clustered(**options) -> int:
-    """The cluster that a decode of a batch takes of a table whose entries all have one."""
+def taken(**options) -> dict[str, int]:
+    """The config that a decode of a batch with 2 KV heads takes of a table whose entries all have a cluster."""
     kv = torch.zeros(8, 2, 2, 16, 128, dtype=torch.bfloat16)
     batch = options.pop("batch_size")
     q = torch.zeros(batch, 8, 128, dtype=torch.bfloat16)
@@ -265,7 +265,11 @@ def clustered(**options) -> int:
             q, kv, None, i32(batch * 100), i32(batch + 1), i32(batch), torch.empty_like(q), None, 0.1, "HND", 1,
             options["max_kv_len"], options["ragged"], None, None, None, None, None, 1.0, False, options["config"], "decode_hopper",
         )  # fmt: skip
-    return dict(zip(decode_hopper.TUNABLES, call.config[1:], strict=True))["cluster"]
+    return dict(zip(decode_hopper.TUNABLES, call.config[1:], strict=True))
+
+
+def clustered(**options) -> int:
+    return taken(**options)["cluster"]
 
 
 def test_only_lengths_that_are_known_to_be_even_get_a_cluster_each():
@@ -273,6 +277,12 @@ def test_only_lengths_that_are_known_to_be_even_get_a_cluster_each():
     assert clustered(batch_size=1) == clustered(batch_size=4, ragged=False) == 8
     assert clustered(batch_size=4) == clustered(batch_size=4, max_kv_len=1600) == clustered(batch_size=4, ragged=True) == 1
     assert clustered(batch_size=4, config=list(CLUSTERED.values())) == 8
+
+
+def test_a_batch_that_gets_no_clusters_is_cut_for_all_sms():
+    """Clusters may leave half of them idle; stage 2 reduces as many shares as there are."""
+    assert taken(batch_size=4) == CLUSTERED | {"cluster": 1, "num_splits": 16}  # of 132 SMs
+    assert taken(batch_size=4, ragged=False) == CLUSTERED
 
 
 def test_a_cluster_is_all_shares_of_a_sequence():
