@@ -33,8 +33,9 @@ TUNABLES = {
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
-    jit.page_ids, jit.load_tiles, jit.softmax_step, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.store_rows,
-    jit.row_layout, jit.prefill_attention_hopper,
+    jit.page_ids, jit.inner_page_ids, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints, jit.rescale,
+    jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout, jit.tile_layout,
+    jit.prefill_attention_hopper,
 )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def launches(
     columns = (q_heads - 1) * q.stride(1) + head_dim
     return [Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
         q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], SWIZZLED),
-        **pool_arguments(cache, block_n),
+        **pool_arguments(cache, block_n, one_message=head_dim > 64),
         qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
         counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
         out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads,
@@ -74,6 +75,7 @@ def launches(
         PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
         BLOCK_B=BLOCK_B, IN_TURN=config["issue"] == IN_TURN,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
+        launch_pdl=True,
     ))]  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from .cache import PagedCache
 
 
 @functools.cache
-def swizzled(row_bytes: int, itemsize: int) -> gl.NVMMASharedLayout:
+def swizzled(row_bytes: int, itemsize: int, rank: int = 2) -> gl.NVMMASharedLayout:
     """How a box lies in shared memory: swizzled over 128 bytes of a row, or over all of a shorter one."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=8 * itemsize, rank=2)
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=8 * itemsize, rank=rank)
 
 
 SWIZZLED = swizzled(128, 2)
@@ -55,17 +55,25 @@ def is_addressable(cache: PagedCache) -> bool:
     return matrix(cache.k, cache.k_strides, cache) is not None and matrix(cache.v, cache.v_strides, cache) is not None
 
 
-def pool_arguments(cache: PagedCache, block_n: int) -> dict[str, object]:
+def pool_arguments(cache: PagedCache, block_n: int, *, one_message: bool = False) -> dict[str, object]:
     """Kernel arguments of an addressable cache: descriptors of boxes, each of one page's rows of a tile of block_n tokens, and
-    how many rows and columns lie between pages and heads."""
-    box = [min(cache.page_size, block_n), cache.head_dim]
+    how many rows and columns lie between pages and heads.
+
+    one_message: boxes [rows / 8, head_dim / 64, 8, 64], which TMA sends as one message where [rows, head_dim] takes one for
+    every 128 bytes of a row. Coordinates are [0, 0, row, column] then, not [row, column]. For 16 bits a value.
+    """
+    rows = min(cache.page_size, block_n)
     arguments: dict[str, object] = {}
     for name, x, strides in (("k", cache.k, cache.k_strides), ("v", cache.v, cache.v_strides)):
-        found, size = matrix(x, strides, cache), x.element_size()
+        found, size, token = matrix(x, strides, cache), x.element_size(), strides[2]
         assert found is not None
-        layout = swizzled(cache.head_dim * size, size)
+        shape, steps, box = [found.rows, found.columns], [token, 1], [rows, cache.head_dim]
+        if one_message:
+            outer = [rows // 8, cache.head_dim // 64]
+            shape, steps, box = [*outer, *shape], [8 * token, 64, *steps], [*outer, 8, 64]
+        layout = swizzled(box[-1] * size, size, len(box))
         arguments |= {
-            f"{name}_desc": TensorDescriptor(x, [found.rows, found.columns], [strides[2], 1], box, layout),
+            f"{name}_desc": TensorDescriptor(x, shape, steps, box, layout),
             f"{name}_page_rows": found.page_rows,
             f"{name}_head_rows": found.head_rows,
             f"{name}_head_columns": found.head_columns,

@@ -68,6 +68,63 @@ def test_without_causal_every_key_is_seen():
         assert_lse_close(lse, want_lse, b.limit)
 
 
+@pytest.mark.parametrize(
+    ("block_n", "head_dim", "dtype"), [(128, 128, torch.bfloat16), (64, 128, torch.float16), (128, 64, torch.float16)]
+)
+@pytest.mark.parametrize("rising", [True, False], ids=["to the last key", "to the first key"])
+@pytest.mark.parametrize("slope", [0.01, 0.03, 0.045, 0.2, 1.0])  # nats a key
+def test_maxima_that_move_along_the_keys_leave_no_trace(slope, rising, block_n, head_dim, dtype):
+    """Logits that grow along the walk over the keys, from the last to the first one, or fall along it.
+
+    A row's exponents are taken against a maximum that may have been outgrown by 5.5 nats: slopes of less a tile, of nearly that, of
+    more, and so steep that every tile but one weighs nothing. The first rows' maxima are not those of the last.
+    """
+    b = Buffers(Real((1500, 700), (1500, 300), head_dim=head_dim, dtype=dtype))
+    b.kv_cache.nan_to_num_(0.5)
+    for i, (kv_len, pages) in enumerate(zip(b.kv_lens, b.pages, strict=True)):
+        tokens = torch.arange(pages * 16, device="cuda")
+        logits = slope * (tokens if rising else kv_len - 1 - tokens)
+        ids = b.kv_indices[b.kv_indptr[i] :][:pages].long()
+        k = b.kv_cache[ids, 0]  # [pages, kv_heads, 16, head_dim]
+        k[..., 0] = logits.view(pages, 1, 16).to(dtype)
+        b.kv_cache[ids, 0] = k
+    b.q *= 0.3
+    b.q[..., 0] = head_dim**0.5  # the scale's inverse
+    want, want_lse = b.reference()
+    config = dict(BLOCK_N=block_n, num_stages=256 // block_n, schedule=1, issue=1)
+    call = partial(patune.paged_prefill, b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1500, config=config)
+    got, lse = call(out=b.poisoned(), return_lse=True)
+    assert_close(got, want, b.limit)
+    assert_lse_close(lse, want_lse, b.limit)
+
+
+def test_a_prefill_waits_for_the_kernels_before_it_and_what_follows_for_the_prefill():
+    """All are launched while the one before still runs: K, V, q and the page table, written just before, are read as written."""
+    b = Buffers(Real((4096, 4096), (1024, 1024)))
+    b.kv_cache.nan_to_num_(0.5)
+    pool, q, ids = b.kv_cache.clone(), b.q.clone(), b.kv_indices.clone()
+    config = TEMPLATE.default(Key(TEMPLATE.name, "", 132, 128, 16, 4), Workload(2, 4096, 1024))
+
+    def prefill(q: torch.Tensor) -> torch.Tensor:
+        return patune.paged_prefill(q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1024, config=config)
+
+    def reference(q: torch.Tensor) -> torch.Tensor:
+        return patune.reference_paged_attention(q, b.kv_cache, b.qo_indptr, *b.table)
+
+    want, want_decoded = reference(q), patune.paged_decode(q[:2].clone(), b.kv_cache, *b.table)
+    for _ in range(3):
+        for x, stale, fresh in ((b.kv_cache, float("nan"), pool), (b.kv_indices, 0, ids), (b.q, float("nan"), q)):
+            x.fill_(stale)
+            x.copy_(fresh)
+        out = prefill(b.q)
+        chained = prefill(out)
+        decoded = patune.paged_decode(b.q[:2], b.kv_cache, *b.table)
+        after = prefill(b.q)
+        assert_close(out, want, b.limit)
+        assert_close(chained, reference(out), b.limit)
+        assert torch.equal(decoded, want_decoded) and torch.equal(after, out)
+
+
 @settings(max_examples=60)
 @given(cases(prefill=True, **ON_HOPPER))
 def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):

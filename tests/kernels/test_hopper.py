@@ -1,6 +1,7 @@
 """The templates for Hopper without a GPU: what they compile to for sm_90, which calls they take, how TMA addresses a cache."""
 
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from patune.cachedb import lookup
 from patune.kernels import cluster_jit, config, decode_hopper, decode_hopper_jit, ops, prefill_hopper, prefill_hopper_jit
 from patune.kernels.cache import paged_cache
-from patune.kernels.tma import matrix
+from patune.kernels.tma import matrix, pool_arguments
 from patune.tuner.compile import SHARED_BYTES
 from patune.tuner.space import valid_points
 from patune.tuner.workloads import standard_workloads
@@ -30,8 +31,11 @@ RESERVED_BYTES = 1024  # that the driver keeps of each program's shared memory
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 ITEMSIZE = {"bfloat16": 2, E4M3: 1, E5M2: 1}
 
-# head_dim, page_size, BLOCK_N, num_stages, schedule, issue. Not head_dim 64 in turns: Triton 3.7 spills a register an item there.
-BUILDS = [(64, 16, 128, 4, 1, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1), (256, 32, 64, 2, 1, 2)]
+# head_dim, page_size, BLOCK_N, num_stages, schedule, issue.
+BUILDS = [
+    (64, 16, 128, 4, 1, 2), (64, 8, 128, 3, 2, 1), (128, 16, 128, 3, 1, 2), (128, 16, 128, 3, 1, 1), (128, 256, 64, 4, 2, 1),
+    (256, 32, 64, 2, 1, 2),
+]  # fmt: skip
 
 
 # The same without the last two: new tokens a sequence, of 8 queries a KV head each, the cache's type, cluster. A batch above 32 is
@@ -78,9 +82,9 @@ def test_the_prefill_kernel_compiles_to_what_it_was_written_as():
         assert found["shared_bytes"] <= SHARED_BYTES["9.0"]
         # Scores and output in each group: the last tile, the masked loop, the loop without a mask.
         assert found["wgmma"] == 2 * 3 * (head_dim // 16 + block_n // 16)
-        messages = head_dim // 64  # a box: a swizzled row is 128 bytes
-        # The compiler may copy the loop over tiles for the first one, never drop a box.
-        assert found["boxes"] >= (2 * (block_n // min(block_n, page_size)) + 2) * messages
+        # One message a box of K or V; of Q, a box a group and 128 bytes of a row. The compiler may copy the loop over tiles for the
+        # first one, never drop a box.
+        assert found["boxes"] >= 2 * (block_n // min(block_n, page_size)) + 2 * (head_dim // 64)
 
 
 def test_the_decode_kernel_compiles_to_what_it_was_written_as():
@@ -173,6 +177,28 @@ def test_a_cache_as_a_matrix_has_every_token_where_the_cache_has_it(layout, pair
                     column = head * found.head_columns
                     assert row < found.rows and column + 64 <= found.columns
                     assert row * strides[2] + column == page * strides[0] + head * strides[1] + token * strides[2]
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 8), (128, 256), (256, 32)])
+def test_a_box_of_one_message_has_what_a_plain_box_has(layout, head_dim, page_size):
+    """Element [i, j, r, c] of one at [0, 0, row, column] is element [8 i + r, 64 j + c] of the other at [row, column]."""
+    pages, heads = 3, 2
+    inner = (heads, page_size) if layout == "HND" else (page_size, heads)
+    pool = torch.arange(pages * 2 * heads * page_size * head_dim, dtype=torch.int32).view(pages, 2, *inner, head_dim)
+    cache = paged_cache(pool, None, layout)
+    plain, boxed = (pool_arguments(cache, 64, one_message=one) for one in (False, True))
+    for name, x in (("k", cache.k), ("v", cache.v)):
+        page_rows, head_rows, head_columns = (plain[f"{name}_{part}"] for part in ("page_rows", "head_rows", "head_columns"))
+        rows, whole = plain[f"{name}_desc"], boxed[f"{name}_desc"]
+        for page in range(pages):
+            for head in range(heads):
+                at = [page * page_rows + head * head_rows, head * head_columns]
+                start = x.storage_offset() + sum(map(operator.mul, at, rows.strides))
+                want = pool.as_strided(rows.block_shape, rows.strides, start)
+                got = pool.as_strided(whole.block_shape, whole.strides, start)
+                assert torch.equal(got.transpose(1, 2).reshape(want.shape), want)
+                assert all(a < n for a, n in zip([0, 0, *at], whole.shape, strict=True))
 
 
 def served(capability="9.0", q=None, head_dim=128, page_size=16, dtype=torch.bfloat16, kv_dtype=None, **extras) -> bool:
