@@ -412,7 +412,7 @@ def invalid(config: Values, key: Key, workload: Workload, sms_a_program: int = 2
 
 def fit(config: Values, key: Key, of: Workload, to: Workload) -> dict[str, int]:
     """A config for another workload: an SM gets as many programs, so the splits change."""
-    return adapt(dict(config=config, batch_size=of.batch_size, kv_heads=of.kv_heads, sm_count=key.sm_count), query_of(key, to))
+    return adapt(query_of(key, of) | {"config": config}, query_of(key, to))
 
 
 TEMPLATE = Template(

@@ -17,7 +17,9 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        return {"BLOCK_N": 64 if large else 128, "num_stages": 2 if query["head_dim"] > 64 else 3, "schedule": 1, "issue": 1}
+        splits = fit_splits(query["sm_count"] or 132, query, tokens=512) if query["batch_size"] else 1
+        stages = 2 if query["head_dim"] > 64 else 3
+        return {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": 1, "num_splits": splits}
     if query["kernel"] == "prefill":
         return {"BLOCK_M": 32 if huge else 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}
     if query["kernel"] == "decode_hopper":
@@ -38,10 +40,26 @@ def default_config(query: dict) -> dict:
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
+def packed_heads(q_heads_per_kv: int) -> int:
+    """Query heads of a KV head that share the items of prefill_hopper: as many as divide the 64 rows of a group, at most 16."""
+    return min(16, q_heads_per_kv & -q_heads_per_kv)
+
+
+def parts(sizes: dict) -> int:
+    """What num_splits cuts, at most a program each: the sequences' KV heads of a decode, a prefill's items of 128 query rows."""
+    kv_heads = (sizes["batch_size"] or 1) * (sizes["kv_heads"] or 8)
+    if sizes["kernel"] != "prefill_hopper":
+        return kv_heads
+    pack = packed_heads(sizes["q_heads_per_kv"])
+    return kv_heads * (sizes["q_heads_per_kv"] // pack) * -(-sizes["q_len"] * pack // 128)
+
+
 def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) -> int:
-    """Splits a sequence so that at most `programs` run, none with less than `tokens`; `ragged` at least for a ragged batch."""
-    wanted = programs // ((query["batch_size"] or 1) * (query["kv_heads"] or 8))
-    if query["ragged"]:  # one split would leave the longest sequence to one program
+    """Splits so that at most `programs` run, none with less than `tokens`; `ragged` at least of a sequence of a ragged decode."""
+    wanted = programs // parts(query)
+    if query["kernel"] == "prefill_hopper":
+        wanted = min(wanted, 16)
+    elif query["ragged"]:  # one split would leave the longest sequence to one program
         wanted = max(wanted, ragged)
     wanted = min(wanted, (query["kv_len"] or 1 << 30) // tokens)
     return max(splits for splits in SPLITS if splits <= max(1, wanted))
@@ -51,8 +69,8 @@ def adapt(entry: dict, query: dict) -> dict:
     """The config of a table entry for another workload or GPU: an SM gets as many programs, so the splits change."""
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
-        programs = config["num_splits"] * entry["batch_size"] * entry["kv_heads"]
-        programs = programs * (query["sm_count"] or entry["sm_count"]) // entry["sm_count"]
+        measured = parts(query | {size: entry[size] for size in ("batch_size", "kv_heads", "q_len")})
+        programs = config["num_splits"] * measured * (query["sm_count"] or entry["sm_count"]) // entry["sm_count"]
         config["num_splits"] = fit_splits(programs, query)
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
         config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1

@@ -106,7 +106,7 @@ def decode_call(
     )  # fmt: skip
     if config is None and not even and values.get("cluster", 1) > 1:
         # Of a cluster a sequence, the longest one of an uneven batch would hold up all.
-        values = without_cluster(dict(values), device_of(q).sm_count, workload | {"kv_heads": cache.kv_heads})
+        values = without_cluster(dict(values), device_of(q).sm_count, workload | {"kernel": template, "kv_heads": cache.kv_heads})
     if deterministic and config is None:
         values = {**values, "num_splits": decode.own_splits(cache.kv_heads)}
 

@@ -12,16 +12,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import default_config, query_of
+from .defaults import adapt, default_config, packed_heads, parts, query_of
 from .device import device_of
+from .prefill_reduce_jit import prefill_reduce
 from .problem import AttentionProblem
 from .registry import candidates
 from .sizes import ceil_div
 from .template import Launch, Template, Values
-from .tma import SWIZZLED, aligned, is_addressable, pool_arguments
+from .tma import aligned, is_addressable, pool_arguments, swizzled
 
 ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producers spill, and 504 is all that three groups have
+BLOCK_R = 16  # rows a program joins the splits of
 BLOCK_B = 64  # sequences looked at together when an item is found; more make the finding warp spill
 STATIC, DYNAMIC = 1, 2
 FREE, IN_TURN = 1, 2
@@ -30,12 +32,13 @@ TUNABLES = {
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
     "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
     "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
+    "num_splits": (1, 2, 3, 4, 6, 8, 12, 16),  # parts of an item's keys, where items are fewer than SMs
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
     jit.page_ids, jit.inner_page_ids, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints, jit.rescale,
     jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout, jit.tile_layout,
-    jit.prefill_attention_hopper,
+    jit.prefill_attention_hopper, prefill_reduce,
 )  # fmt: skip
 
 
@@ -60,28 +63,45 @@ def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
     qo_indptr, max_q_len, sm_scale, causal=True, v_factor=1.0,
 ) -> list[Launch]:  # fmt: skip
-    """The launch of one prefill that `serves` takes; arguments as in prefill.launches."""
+    """The launches of one prefill that `serves` takes, the second one to join its splits; arguments as in prefill.launches."""
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
+    num_splits, group = config["num_splits"], q_heads // cache.kv_heads
+    pack = packed_heads(group)
+    block = BLOCK_M // pack
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
-    items = min(tokens // BLOCK_M + batch_size, ceil_div(max_q_len, BLOCK_M) * batch_size) * q_heads
-    columns = (q_heads - 1) * q.stride(1) + head_dim
-    return [Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
-        q_desc=TensorDescriptor(q, [tokens, columns], [q.stride(0), 1], [ROWS, head_dim], SWIZZLED),
+    blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
+    items = blocks * (q_heads // pack) * num_splits
+    attended, attended_lse = out, lse
+    if num_splits > 1:
+        attended = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)
+        attended_lse = torch.empty(num_splits * tokens, q_heads, dtype=torch.float32, device=q.device)
+    attend = Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
+        q_desc=TensorDescriptor(
+            q, [tokens, q_heads, head_dim], [q.stride(0), q.stride(1), 1], [ROWS // pack, pack, head_dim], swizzled(128, 2, 3)
+        ),
         **pool_arguments(cache, block_n, one_message=head_dim > 64),
         qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
         counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
-        out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads,
-        stride_qh=q.stride(1), stride_ot=out.stride(0), stride_oh=out.stride(1),
-        PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
+        out_ptr=attended, lse_ptr=attended_lse, sm_scale=sm_scale, v_scale=v_factor if num_splits == 1 else 1.0,
+        batch_size=batch_size, q_heads=q_heads, num_splits=num_splits, all_tokens=tokens,
+        stride_ot=attended.stride(0), stride_oh=attended.stride(1),
+        PAGE_SIZE=cache.page_size, GROUP=group, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
         BLOCK_B=BLOCK_B, IN_TURN=config["issue"] == IN_TURN,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
         launch_pdl=True,
+    ))  # fmt: skip
+    if num_splits == 1:
+        return [attend]
+    return [attend, Launch(prefill_reduce, (ceil_div(tokens * q_heads, BLOCK_R),), dict(
+        qo_indptr_ptr=qo_indptr, partial_ptr=attended, partial_lse_ptr=attended_lse, out_ptr=out, lse_ptr=lse, v_scale=v_factor,
+        num_splits=num_splits, batch_size=batch_size, all_tokens=tokens, q_heads=q_heads,
+        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_R=BLOCK_R, num_warps=4, launch_pdl=True,
     ))]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or its rings are short where longer ones fit."""
-    block_n, stages = config["BLOCK_N"], config["num_stages"]
+    block_n, stages, splits = config["BLOCK_N"], config["num_stages"], config["num_splits"]
     if key.head_dim > 128 and block_n > 64:
         return "the accumulators of scores and output exceed the registers"
     tiles = (BLOCK_M + 2 * stages * block_n) * key.head_dim * 2
@@ -89,15 +109,28 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "tiles in flight exceed shared memory"
     if key.head_dim <= 128 and stages * block_n < 256:
         return "a ring holds less than 256 tokens"
+    programs = splits * parts(query_of(key, workload))
+    if splits > 1 and splits * 256 > workload.kv_len:
+        return "less than 256 keys a split"
+    if splits > 1 and programs > 2 * key.sm_count:
+        return "more than 2 items an SM without as many splits"
+    if programs * 3 < key.sm_count and splits < TUNABLES["num_splits"][-1] and splits * 1024 <= workload.kv_len:
+        return "leaves most SMs idle"
     return None
+
+
+def fit(config: Values, key: Key, of: Workload, to: Workload) -> dict[str, int]:
+    """A config for another workload: an SM gets as many items, so the splits change."""
+    return adapt(query_of(key, of) | {"config": config}, query_of(key, to))
 
 
 TEMPLATE = Template(
     name="prefill_hopper",
     tunables=TUNABLES,
-    runtime=frozenset(),
+    runtime=frozenset({"num_splits"}),
     invalid=invalid,
     default=lambda key, workload: default_config(query_of(key, workload)),
     problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
     jit_functions=JIT_FUNCTIONS,
+    fit=fit,
 )

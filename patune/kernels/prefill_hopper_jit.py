@@ -7,8 +7,10 @@ O += P V with wgmma; P never leaves its registers. While one group is in its sof
 or IN_TURN by two named barriers), and within a group the softmax of a tile overlaps the P V of the tile before. Long runs are at
 the GPU's power limit, so an instruction saved pays twice: it leaves time, and a higher clock.
 
-A program takes many items (128 query tokens of one head), the longest ones of the whole batch first. Keys are walked from
-the diagonal down to 0: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask.
+A program takes many items, the longest ones of the whole batch first. An item is 128 query rows of one KV head: the rows of PACK of
+its query heads for each of TOKENS = 128 / PACK tokens, so that few new tokens a sequence fill it too. Its keys are walked from
+the diagonal down: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask. Where items are
+fewer than SMs, an item's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
 
 Barriers. Every ring has `full` (TMA's bytes have landed) and `empty` (both groups have read it), each counted with one running
 number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Q is free when the item's last K is. Items go to
@@ -27,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
-ROWS = gl.constexpr(64)  # query tokens of a consumer group: the M of one wgmma
+ROWS = gl.constexpr(64)  # query rows of a consumer group: the M of one wgmma
 GROUPS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)  # ROWS * GROUPS
 SLACK = gl.constexpr(8.0)  # in base 2: how far a row's maximum may outgrow what its exponents are taken against
 SLOT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))  # of a ring, see tile_layout
-FIELDS = gl.constexpr(8)  # int32 slots of an item's record
+FIELDS = gl.constexpr(10)  # int32 slots of an item's record
 TURN = gl.constexpr(8)  # named barriers TURN + group: the group's turn to issue; the compiler uses those below 8
 TAIL = gl.constexpr(10)  # both groups have cleared their part of V
 
@@ -53,13 +55,13 @@ def signal(barrier):
 
 
 @gluon.jit
-def sequences(
-    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
-):
+def sequences(batch, start, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """Query blocks and the level of the first one, of the sequences from `start` on; [BLOCK_B] each, 0 blocks after the last.
 
-    A block's level is how many blocks of keys lie before its end: its cost. A sequence's blocks have consecutive levels.
+    A block is TOKENS query tokens. Its level is how many times as many keys lie before its end: its cost. A sequence's blocks have
+    consecutive levels.
     """
+    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
     b = start + gl.arange(0, BLOCK_B, layout)
     inside = b < batch_size
@@ -67,18 +69,16 @@ def sequences(
     pages = gl.load(kv_indptr_ptr + b + 1, mask=inside, other=0) - gl.load(kv_indptr_ptr + b, mask=inside, other=0)
     last = gl.load(kv_last_page_len_ptr + b, mask=inside, other=0)
     kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0)
-    return (q_len + BLOCK_M - 1) // BLOCK_M, gl.maximum(kv_len - q_len, 0) // BLOCK_M
+    return (q_len + TOKENS - 1) // TOKENS, gl.maximum(kv_len - q_len, 0) // TOKENS
 
 
 @gluon.jit
-def blocks_above(
-    level, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
-):
+def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """How many query blocks of the batch have a level above `level`, and one more than the highest level."""
     count = 0
     levels = 0
-    for start in range(0, batch_size, BLOCK_B):
-        blocks, first = sequences(qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE, BLOCK_B)
+    for start in range(0, batch[3], BLOCK_B):
+        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
         count += gl.sum(gl.minimum(gl.maximum(first + blocks - 1 - level, 0), blocks), 0)
         levels = gl.maximum(levels, gl.max(first + blocks, 0))
     return count, levels
@@ -90,16 +90,24 @@ def add(a, b):
 
 
 @gluon.jit
-def find_block(
-    x, levels, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr
-):
-    """The sequence, and the block within it, of query block x of the batch, counted from the highest level down."""
-    low = -1  # below the level that is looked for
-    high = levels - 1  # that level or above it
-    before = 0  # blocks above level `high`
+def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
+    """Query block x of the batch, counted from the highest level down: its sequence, the block within it, its level, and how many
+    blocks are above that. It is at level `high`, above which `before` blocks are, or below: where the block before it was.
+
+    The next block is mostly at the same level or near it, so steps down double until they are below it, and the rest is bisected.
+    """
+    low = high
+    step = 1
+    while low == high:
+        low = gl.maximum(high - step, -1)
+        count, _ = blocks_above(low, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+        if count <= x:
+            high = low
+            before = count
+        step *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        count, _ = blocks_above(middle, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+        count, _ = blocks_above(middle, batch, PAGE_SIZE, TOKENS, BLOCK_B)
         if count <= x:
             high = middle
             before = count
@@ -108,14 +116,14 @@ def find_block(
     b = 0
     block = 0
     rank = x - before  # among the sequences that have a block of this level
-    for start in range(0, batch_size, BLOCK_B):
-        blocks, first = sequences(qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, start, batch_size, PAGE_SIZE, BLOCK_B)
+    for start in range(0, batch[3], BLOCK_B):
+        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
         has = ((first <= high) & (high < first + blocks)).to(gl.int32)
         hit = (has == 1) & (gl.associative_scan(has, 0, add) == rank + 1)
         b += gl.sum(gl.where(hit, start + gl.arange(0, BLOCK_B, hit.type.layout), 0), 0)
         block += gl.sum(gl.where(hit, high - first, 0), 0)
         rank -= gl.sum(has, 0)
-    return b, block
+    return b, block, high, before
 
 
 @gluon.jit
@@ -132,46 +140,63 @@ def get(records, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def find_items(
-    items, batch, q_heads,
-    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
+    items, batch, work, counters_ptr,
+    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, PACK: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr,
+    BLOCK_B: gl.constexpr,
 ):  # fmt: skip
     """The finding warp: a record of every item of this program, then one without tiles."""
     records, item_full, item_empty = items
-    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size = batch
-    blocks, levels = blocks_above(-1, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
+    q_heads, num_splits, all_tokens = work
+    TOKENS: gl.constexpr = BLOCK_M // PACK
+    heads = q_heads // PACK
+    blocks, levels = blocks_above(-1, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+    level = levels - 1
+    before = 0
     programs = gl.num_programs(0)
     item = gl.program_id(0)
     taken = 0  # items so far
-    while item < blocks * q_heads:
-        x = item // q_heads
-        head = item - x * q_heads  # heads of a group run side by side and share their KV in L2
+    while item < blocks * heads * num_splits:
+        x = item // (heads * num_splits)
+        split = (item - x * heads * num_splits) // heads
+        head = item % heads * PACK  # those of a group run side by side and share their KV in L2
         b = 0
         block = blocks - 1 - x
         if batch_size > 1:
-            b, block = find_block(x, levels, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size, PAGE_SIZE, BLOCK_B)
+            b, block, level, before = find_block(x, level, before, batch, PAGE_SIZE, TOKENS, BLOCK_B)
         q_start = gl.load(qo_indptr_ptr + b)
         q_len = gl.load(qo_indptr_ptr + b + 1) - q_start
         first_page = gl.load(kv_indptr_ptr + b)
         pages = gl.load(kv_indptr_ptr + b + 1) - first_page
         kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + gl.load(kv_last_page_len_ptr + b), 0)
-        start = block * BLOCK_M
+        token = block * TOKENS
         last_key = kv_len - 1  # of the first row; bottom-right aligned
         end = kv_len
         if CAUSAL:
-            last_key = kv_len - q_len + start
-            end = gl.minimum(kv_len, last_key + BLOCK_M)
-        tiles = gl.maximum((end + BLOCK_N - 1) // BLOCK_N, 1)  # without a key: one tile that is masked throughout
+            last_key = kv_len - q_len + token
+            end = gl.minimum(kv_len, last_key + TOKENS)
+        tiles = (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N
+        first_tile = tiles * split // num_splits
+        tiles = tiles * (split + 1) // num_splits - first_tile
+        first_key = first_tile * BLOCK_N
+        if tiles == 0:  # without a key: one tile that is masked throughout
+            tiles = 1
+            first_key = 0
+            last_key = -BLOCK_M
+            kv_len = 0
 
         slot = taken % 2
         mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
         put(records, slot, 0, tiles)
-        put(records, slot, 1, last_key)
-        put(records, slot, 2, kv_len)
-        put(records, slot, 3, q_start + start)
-        put(records, slot, 4, q_len - start)
+        put(records, slot, 1, last_key - first_key)  # the groups count keys from the item's first one
+        put(records, slot, 2, kv_len - first_key)
+        put(records, slot, 3, q_start + token)
+        put(records, slot, 4, q_len - token)
         put(records, slot, 5, head)
         put(records, slot, 6, first_page)
         put(records, slot, 7, pages)
+        put(records, slot, 8, first_key)
+        put(records, slot, 9, split * all_tokens)
         mbarrier.arrive(item_full.index(slot), count=1)
         taken += 1
         if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
@@ -217,7 +242,8 @@ def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.
     slots, full, empty = ring
     page_rows, head_rows, head_columns = strides
     records, item_full, item_empty = items
-    q_desc, q, q_full, stride_qh = query
+    q_desc, q, q_full = query
+    TOKENS: gl.constexpr = q_desc.block_type.shape[0]  # of a group
     STAGES: gl.constexpr = slots.shape[0]
     BLOCK_N: gl.constexpr = slots.shape[1] * 8
     BOX: gl.constexpr = desc.block_type.nbytes // (slots.shape[2] * 64 * 2)  # its rows
@@ -233,11 +259,12 @@ def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.
         head = get(records, slot, 5)
         page_ids_ptr = kv_indices_ptr + get(records, slot, 6)
         pages = get(records, slot, 7)
+        first_key = get(records, slot, 8)
         mbarrier.arrive(item_empty.index(slot), count=1)
         row = head_rows * (head // GROUP)
         column = head_columns * (head // GROUP)
         last_page = gl.maximum(pages - 1, 0)
-        key = (tiles - 1) * BLOCK_N
+        key = first_key + (tiles - 1) * BLOCK_N
         ids = page_ids(page_ids_ptr, key, last_page, pages > 0, PAGE_SIZE, BLOCK_N, BOX)
         if AHEAD == 2:
             next_ids = inner_page_ids(page_ids_ptr, key - BLOCK_N, tiles > 1, PAGE_SIZE, BLOCK_N, BOX)
@@ -260,7 +287,7 @@ def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.
                     mbarrier.wait(empty.index(last % STAGES), (last // STAGES) & 1, pred=g > 0)
                     for c in gl.static_range(GROUPS):
                         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(q_desc, [token + c * ROWS, head * stride_qh], q_full.index(c), q.index(c))
+                        tma.async_copy_global_to_shared(q_desc, [token + c * TOKENS, head, 0], q_full.index(c), q.index(c))
             later_ids = inner_page_ids(page_ids_ptr, key - AHEAD * BLOCK_N, i + AHEAD < tiles, PAGE_SIZE, BLOCK_N, BOX)
             if AHEAD == 2:
                 ids = next_ids
@@ -409,7 +436,7 @@ def consume(
     q, q_full, k_ring, v_ring, items, results,
     CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """A consumer group: 64 query rows of every item."""
+    """A consumer group: 64 query rows of every item, PACK heads of each token."""
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     records, item_full, item_empty = items
@@ -422,8 +449,9 @@ def consume(
     vs = v_tiles._reinterpret(v_tiles.dtype, [STAGES, BLOCK_N, D], TILE)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    PACK: gl.constexpr = q.shape[2]
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    q = q.index(GROUP_ID)
+    q = q._reinterpret(q.dtype, [GROUPS, ROWS, D], gl.NVMMASharedLayout(128, 16, 2)).index(GROUP_ID)
     q_full = q_full.index(GROUP_ID)
     if IN_TURN:
         if GROUP_ID == 1:
@@ -434,13 +462,13 @@ def consume(
     tiles = get(records, 0, 0)
     while tiles > 0:
         slot = taken % 2
-        first_key = get(records, slot, 1)
+        first_last_key = get(records, slot, 1)  # the last key of the first row
         kv_len = get(records, slot, 2)
         last_key = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT)) + kv_len - 1
         full_end = kv_len
         if CAUSAL:
-            last_key = gl.minimum(first_key + rows, kv_len - 1)
-            full_end = gl.minimum(first_key + GROUP_ID * ROWS + 1, kv_len)
+            last_key = gl.minimum(first_last_key + rows // PACK, kv_len - 1)
+            full_end = gl.minimum(first_last_key + GROUP_ID * ROWS // PACK + 1, kv_len)
         full = gl.minimum(gl.maximum(full_end, 0) // BLOCK_N, tiles - 1)  # tiles that all rows see in full, the last one aside
 
         # The tile at the end: nothing to overlap with yet.
@@ -491,16 +519,16 @@ def consume(
         token = get(records, slot, 3)
         valid = get(records, slot, 4)
         head = get(records, slot, 5)
+        token += get(records, slot, 9)
         mbarrier.arrive(item_empty.index(slot), count=1)
         if D == 64:
             l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
-        lse_rows = token.to(gl.int64) + rows
         factor = v_scale / gl.where(l == 0.0, 1.0, l)
         o = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID)
+        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID, PACK)
         if HAS_LSE:
             lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
-            gl.store(lse_ptr + lse_rows * q_heads + head, lse, mask=rows < valid)
+            gl.store(lse_ptr + (token + rows // PACK).to(gl.int64) * q_heads + head + rows % PACK, lse, mask=rows // PACK < valid)
 
         taken += 1
         mbarrier.wait(item_full.index(taken % 2), (taken // 2) & 1)
@@ -508,15 +536,15 @@ def consume(
 
 
 @gluon.jit
-def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr):
+def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr, PACK: gl.constexpr):
     """o to the item's rows of the output, 16 bytes a thread after an exchange within groups of four threads."""
     D: gl.constexpr = o.shape[1]
     layout: gl.constexpr = row_layout(D)
     o = gl.convert_layout(o.to(out_ptr.dtype.element_ty), layout)
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, gl.SliceLayout(0, layout))
-    pointers = out_ptr + (token + rows).to(gl.int64)[:, None] * stride_ot + head * stride_oh + columns[None, :]
-    gl.store(pointers, o, mask=(rows < valid)[:, None])
+    offsets = (token + rows // PACK).to(gl.int64) * stride_ot + (head + rows % PACK) * stride_oh
+    gl.store(out_ptr + offsets[:, None] + columns[None, :], o, mask=(rows // PACK < valid)[:, None])
 
 
 @gluon.constexpr_function
@@ -544,24 +572,29 @@ def tile_layout(n, d):
 
 @gluon.jit(
     do_not_specialize=[
-        "batch_size", "q_heads", "stride_qh", "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows",
-        "v_head_columns",
+        "batch_size", "q_heads", "num_splits", "all_tokens",
+        "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
     ],
     do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def prefill_attention_hopper(
     q_desc, k_desc, v_desc, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, out_ptr, lse_ptr,
-    sm_scale, v_scale, batch_size, q_heads, stride_qh, stride_ot, stride_oh,
+    sm_scale, v_scale, batch_size, q_heads, num_splits, all_tokens, stride_ot, stride_oh,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_B: gl.constexpr, IN_TURN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Any grid (programs,): each takes its part of the items."""
+    """Any grid (programs,): each takes its part of the items.
+
+    q [all_tokens, q_heads, D]; out [num_splits * all_tokens, q_heads, D], of which split s has the rows from s * all_tokens on; lse
+    likewise.
+    """
     # What comes next may take the places that this kernel's programs leave, and then waits for the last one, as this kernel does:
     # 1.3 us of the 14.6 of one prompt of 512.
     gdc_launch_dependents()
-    D: gl.constexpr = q_desc.block_type.shape[1]
-    q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, D], q_desc.layout)
+    PACK: gl.constexpr = q_desc.block_type.shape[1]
+    D: gl.constexpr = q_desc.block_type.shape[2]
+    q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS // PACK, PACK, D], q_desc.layout)
     ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N // 8, D // 64, 8, 64], SLOT)
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N // 8, D // 64, 8, 64], SLOT)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
@@ -594,8 +627,9 @@ def prefill_attention_hopper(
     if not DYNAMIC:
         counters_ptr = qo_indptr_ptr
     results = (out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh)
-    batch = (qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, batch_size)
-    query = (q_desc, q, q_full, stride_qh)
+    batch = (qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size)
+    work = (q_heads, num_splits, all_tokens)
+    query = (q_desc, q, q_full)
     k_strides = (k_page_rows, k_head_rows, k_head_columns)
     v_strides = (v_page_rows, v_head_rows, v_head_columns)
     FIRST: gl.constexpr = 0
@@ -608,7 +642,7 @@ def prefill_attention_hopper(
             (consume, (q, q_full, k_ring, v_ring, items, results, CAUSAL, HAS_LSE, SECOND, IN_TURN)),
             (load_tiles, (k_desc, k_ring, k_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_K)),
             (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_V)),
-            (find_items, (items, batch, q_heads, PAGE_SIZE, BLOCK_N, CAUSAL, DYNAMIC, BLOCK_B)),
+            (find_items, (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, PACK, CAUSAL, DYNAMIC, BLOCK_B)),
         ],
         [4, 1, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

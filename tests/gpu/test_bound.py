@@ -76,10 +76,12 @@ def test_a_bound_call_is_bit_for_bit_the_call_before_it(name):
             assert decode(buffers, out=poisoned) is poisoned and torch.equal(poisoned, out)
 
 
-STATIC = patune.Config(dict(BLOCK_N=128, num_stages=2, schedule=1, issue=1))
+STATIC = patune.Config(dict(BLOCK_N=128, num_stages=2, schedule=1, issue=1, num_splits=1))
+SPLIT = patune.Config({**STATIC, "num_splits": 3})
 PREFILLS = {
     "plain": ((), {"sliding_window": 500}),
     "Hopper": ((), {"config": STATIC}),
+    "Hopper, splits": ((), {"config": SPLIT}),
     "Hopper, NHD, pair, d64": ((("layout", "NHD"), ("pair", True), ("head_dim", 64)), {"config": STATIC}),
 }
 

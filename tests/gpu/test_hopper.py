@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from paged import ON_HOPPER, assert_close, assert_lse_close, cases, check_prefill
 from real import Buffers, Real
 
@@ -27,6 +28,8 @@ CASES = {
     "p8 NHD pair fp16 strided q": Real(
         (1000, 2000), (1000, 300), page_size=8, layout="NHD", pair=True, dtype=torch.float16, strided_q=True
     ),
+    "g16 and few tokens of long contexts": Real((3000, 40, 5000, 9), (3, 40, 7, 1), group=16, kv_heads=2),
+    "g6": Real((700, 901), (100, 333), group=6, kv_heads=3),
     "p256 g7, a page larger than a tile": Real((700, 901), (700, 200), group=7, kv_heads=4, page_size=256),
     "p128 MHA": Real((700, 901), (700, 200), group=1, kv_heads=16, page_size=128),
     "150 sequences": Real(tuple(7 * i % 300 + i % 40 for i in range(150)), tuple(7 * i % 300 for i in range(150)), kv_heads=2),
@@ -40,8 +43,10 @@ def hopper(gpu):
 
 
 def points(case: Real) -> list[dict[str, int]]:
+    """Every config but for splits, and a few with splits of each number: they are no other kernel."""
     key = Key(TEMPLATE.name, "", 132, case.head_dim, case.page_size, case.group)
-    return valid_points(TEMPLATE, key, Workload(1, 1))
+    whole = [dict(p) for p in valid_points(TEMPLATE, key, Workload(1, 1))]
+    return whole + [p | {"num_splits": splits} for p, splits in zip(whole[:1] * 7 + whole[-1:], (2, 3, 4, 6, 8, 12, 16, 5))]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -91,7 +96,7 @@ def test_maxima_that_move_along_the_keys_leave_no_trace(slope, rising, block_n, 
     b.q *= 0.3
     b.q[..., 0] = head_dim**0.5  # the scale's inverse
     want, want_lse = b.reference()
-    config = dict(BLOCK_N=block_n, num_stages=256 // block_n, schedule=1, issue=1)
+    config = dict(BLOCK_N=block_n, num_stages=256 // block_n, schedule=1, issue=1, num_splits=1)
     call = partial(patune.paged_prefill, b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1500, config=config)
     got, lse = call(out=b.poisoned(), return_lse=True)
     assert_close(got, want, b.limit)
@@ -126,9 +131,9 @@ def test_a_prefill_waits_for_the_kernels_before_it_and_what_follows_for_the_pref
 
 
 @settings(max_examples=60)
-@given(cases(prefill=True, **ON_HOPPER))
-def test_small_batches_of_any_shape_and_layout_equal_the_reference(case):
-    check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=1, issue=1)
+@given(cases(prefill=True, **ON_HOPPER), st.sampled_from((1, 1, 2, 7)))
+def test_small_batches_of_any_shape_and_layout_equal_the_reference(case, num_splits):
+    check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=1, issue=1, num_splits=num_splits)
 
 
 def test_prefill_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):
@@ -145,12 +150,13 @@ def test_prefill_takes_the_kernel_only_where_it_serves_and_refuses_its_config_el
         call(sliding_window=100, config=config)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("schedule", prefill_hopper.TUNABLES["schedule"])
-def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds(schedule):
+def test_one_captured_prefill_is_right_for_any_lengths_up_to_its_bounds(schedule, num_splits):
     """Items are found on the device, so a replay balances the lengths it finds."""
     b = Buffers(Real((2000, 2000), (1000, 1000)))
     b.kv_cache.nan_to_num_(0.5)
-    config = dict(BLOCK_N=128, num_stages=2, schedule=schedule, issue=2)
+    config = dict(BLOCK_N=128, num_stages=2, schedule=schedule, issue=2, num_splits=num_splits)
     out = b.poisoned()
     call = partial(patune.paged_prefill, b.q, b.kv_cache, b.qo_indptr, *b.table, max_q_len=1000, out=out, config=config)
     call()

@@ -30,7 +30,7 @@ PLAIN = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
 HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 64, 16, 4), Workload(2, 265)))
 PREFILL = Case((5, 300), (200, 330), dtype="bfloat16")
 PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 64, 16, 4), Workload(2, 265, 150)))
-PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1))
+PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,9 @@ VARIATIONS = {
     "prefill, not causal": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER, causal=False),
     "prefill, lse, no out": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER, return_lse=True, out=None),
     "prefill, NHD": lambda: Arguments(dataclasses.replace(PREFILL, layout="NHD"), max_q_len=300, config=PREFILL_HOPPER),
+    "prefill, splits": lambda: Arguments(
+        PREFILL, max_q_len=300, config=patune.Config({**PREFILL_HOPPER, "num_splits": 3}), return_lse=True
+    ),
     "prefill, pair": lambda: Arguments(dataclasses.replace(PREFILL, pair=True), max_q_len=300, config=PREFILL_HOPPER),
     "prefill, other tokens": lambda: Arguments(dataclasses.replace(PREFILL, q_lens=(7, 290)), max_q_len=300, config=PREFILL_HOPPER),
     "prefill, plain": lambda: Arguments(PREFILL, max_q_len=300, config=PREFILL_PLAIN),

@@ -85,7 +85,7 @@ def test_building_the_launch_of_a_prefill_for_hopper_allocates_only_but_for_a_co
     assert prefill_hopper.serves("9.0", batch.q, cache, out)
 
     def build(schedule: int):
-        config = dict(BLOCK_N=64, num_stages=4, schedule=schedule, issue=1)
+        config = dict(BLOCK_N=64, num_stages=4, schedule=schedule, issue=1, num_splits=1)
         options = dict(qo_indptr=batch.qo_indptr, max_q_len=300, sm_scale=0.1)
         with OnlyScratchAndViews():
             return prefill_hopper.launches(batch.q, cache, *batch.pages, out, None, config, **options)

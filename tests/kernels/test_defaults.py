@@ -4,12 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patune.cachedb import lookup
+from patune.kernels import prefill_hopper
 from patune.kernels.config import find, query_for
-from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits
+from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits, parts
 
 
 def query(**changes):
-    sizes = dict(batch_size=8, kv_heads=8, kv_len=8192, sm_count=132, ragged=False)
+    sizes = dict(kernel="decode", batch_size=8, kv_heads=8, kv_len=8192, q_len=1, sm_count=132, ragged=False)
     return sizes | changes
 
 
@@ -24,7 +25,7 @@ def test_splits_are_searched_values_that_leave_64_tokens_a_share(programs, batch
 @given(st.sampled_from((4, 8, 16, 32, 64)), st.sampled_from((1, 2, 4, 8)))
 def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
     """Twice the batch takes half of the splits; every other tunable stays."""
-    entry = dict(config={"BLOCK_N": 64, "num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
+    entry = dict(config={"BLOCK_N": 64, "num_splits": 16}, batch_size=4, kv_heads=8, q_len=1, sm_count=132)
     config = adapt(entry, query(batch_size=batch_size * factor))
     assert config["BLOCK_N"] == 64
     assert config["num_splits"] == max(s for s in SPLITS if s <= max(1, 64 // (batch_size * factor)))
@@ -33,13 +34,38 @@ def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
 @given(st.sampled_from((1, 2, 4, 8, 16, 64)), st.booleans())
 def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, ragged):
     """A ragged batch gets none: its shares follow from the whole batch."""
-    entry = dict(config={"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}, batch_size=4, kv_heads=8, sm_count=132)
+    entry = dict(
+        config={"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}, batch_size=4, kv_heads=8, q_len=1, sm_count=132
+    )
     config = adapt(entry, query(batch_size=batch_size) | {"ragged": ragged})
     assert config["cluster"] == (config["num_splits"] if config["num_splits"] in (1, 2, 4, 8) and not ragged else 1)
 
 
+@given(st.integers(1, 300), st.integers(1, 4096), st.integers(0, 1 << 17), st.integers(1, 32), st.booleans())
+def test_a_prefill_is_split_where_its_items_leave_sms_idle(batch_size, q_len, prefix, group, ragged):
+    """As many items as fit the SMs, each of 512 keys or more, and never one split too few by half."""
+    sizes = query(
+        kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, ragged=ragged
+    )
+    splits = default_config(sizes | dict(head_dim=128, q_dtype="bfloat16", kv_dtype="bfloat16"))["num_splits"]
+    assert splits in prefill_hopper.TUNABLES["num_splits"]
+    items = parts(sizes)
+    assert items >= batch_size * 8 * q_len * group / 128
+    assert splits == 1 or (splits * items <= 132 and splits * 512 <= prefix + q_len)
+    assert splits == 16 or 2 * splits * items > 132 or 2 * splits * 512 > prefix + q_len
+
+
+@given(st.sampled_from((1, 2, 4, 8)), st.sampled_from((64, 128, 512)))
+def test_a_neighbour_s_prefill_keeps_its_items(batch_size, q_len):
+    """Measured with 8 splits of the 8 items of 32 tokens."""
+    sizes = query(kernel="prefill_hopper", q_heads_per_kv=4, kv_len=1 << 16)
+    entry = sizes | dict(config={"num_splits": 8}, batch_size=1, q_len=32)
+    config = adapt(entry, sizes | dict(batch_size=batch_size, q_len=q_len))
+    assert config["num_splits"] == max(1, 8 * 32 // (batch_size * q_len))
+
+
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
-    entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, sm_count=132)
+    entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, q_len=1, sm_count=132)
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
 
 

@@ -70,7 +70,7 @@ def test_the_prefill_kernel_compiles_to_what_it_was_written_as():
     """No spill, registers moved from the producer to the consumers, no wgmma serialised, every tile in whole boxes."""
 
     def of(head_dim, page_size, block_n, stages, schedule, issue):
-        values = dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule, issue=issue)
+        values = dict(BLOCK_N=block_n, num_stages=stages, schedule=schedule, issue=issue, num_splits=1)
         return build("prefill_hopper", Workload(4, 4096, 512), head_dim, page_size, 4, **values)
 
     with ThreadPoolExecutor(2) as threads:
