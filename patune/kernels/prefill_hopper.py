@@ -54,6 +54,7 @@ def serves(
         and cache.k.dtype == q.dtype
         and q.stride(2) == out.stride(2) == 1
         and aligned(q, q.stride(0), q.stride(1))
+        and aligned(out, out.stride(0), out.stride(1))
         and q.stride(0) >= (q.shape[1] - 1) * q.stride(1) + q.shape[2]
         and is_addressable(cache)
     )

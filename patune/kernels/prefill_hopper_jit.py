@@ -34,7 +34,7 @@ GROUPS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)  # ROWS * GROUPS
 SLACK = gl.constexpr(8.0)  # in base 2: how far a row's maximum may outgrow what its exponents are taken against
 SLOT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))  # of a ring, see tile_layout
-FIELDS = gl.constexpr(10)  # int32 slots of an item's record
+FIELDS = gl.constexpr(13)  # int32 slots of an item's record
 TURN = gl.constexpr(8)  # named barriers TURN + group: the group's turn to issue; the compiler uses those below 8
 TAIL = gl.constexpr(10)  # both groups have cleared their part of V
 
@@ -55,13 +55,14 @@ def signal(barrier):
 
 
 @gluon.jit
-def sequences(batch, start, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
+def sequences(batch, start, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
     """Query blocks and the level of the first one, of the sequences from `start` on; [BLOCK_B] each, 0 blocks after the last.
 
-    A block is TOKENS query tokens. Its level is how many times as many keys lie before its end: its cost. A sequence's blocks have
-    consecutive levels.
+    A block is TOKENS query tokens. PACK of them, BLOCK_M tokens that read almost the same keys, have one level: how many times
+    BLOCK_M keys lie before them, which is their cost. The next ones of the sequence have the next level.
     """
     qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
+    TOKENS: gl.constexpr = BLOCK_M // PACK
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
     b = start + gl.arange(0, BLOCK_B, layout)
     inside = b < batch_size
@@ -69,18 +70,18 @@ def sequences(batch, start, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK
     pages = gl.load(kv_indptr_ptr + b + 1, mask=inside, other=0) - gl.load(kv_indptr_ptr + b, mask=inside, other=0)
     last = gl.load(kv_last_page_len_ptr + b, mask=inside, other=0)
     kv_len = gl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0)
-    return (q_len + TOKENS - 1) // TOKENS, gl.maximum(kv_len - q_len, 0) // TOKENS
+    return (q_len + TOKENS - 1) // TOKENS, gl.maximum(kv_len - q_len, 0) // BLOCK_M
 
 
 @gluon.jit
-def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
+def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
     """How many query blocks of the batch have a level above `level`, and one more than the highest level."""
     count = 0
     levels = 0
     for start in range(0, batch[3], BLOCK_B):
-        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
-        count += gl.sum(gl.minimum(gl.maximum(first + blocks - 1 - level, 0), blocks), 0)
-        levels = gl.maximum(levels, gl.max(first + blocks, 0))
+        blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
+        count += gl.sum(gl.minimum(gl.maximum(blocks - (level + 1 - first) * PACK, 0), blocks), 0)
+        levels = gl.maximum(levels, gl.max(first + (blocks + PACK - 1) // PACK, 0))
     return count, levels
 
 
@@ -90,7 +91,7 @@ def add(a, b):
 
 
 @gluon.jit
-def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
+def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
     """Query block x of the batch, counted from the highest level down: its sequence, the block within it, its level, and how many
     blocks are above that. It is at level `high`, above which `before` blocks are, or below: where the block before it was.
 
@@ -100,14 +101,14 @@ def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.const
     step = 1
     while low == high:
         low = gl.maximum(high - step, -1)
-        count, _ = blocks_above(low, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+        count, _ = blocks_above(low, batch, PAGE_SIZE, PACK, BLOCK_B)
         if count <= x:
             high = low
             before = count
         step *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        count, _ = blocks_above(middle, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+        count, _ = blocks_above(middle, batch, PAGE_SIZE, PACK, BLOCK_B)
         if count <= x:
             high = middle
             before = count
@@ -115,14 +116,16 @@ def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.const
             low = middle
     b = 0
     block = 0
-    rank = x - before  # among the sequences that have a block of this level
+    rank = x - before  # among the blocks of this level, those of a sequence in a row
     for start in range(0, batch[3], BLOCK_B):
-        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
-        has = ((first <= high) & (high < first + blocks)).to(gl.int32)
-        hit = (has == 1) & (gl.associative_scan(has, 0, add) == rank + 1)
+        blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
+        skipped = (high - first) * PACK
+        here = gl.where(skipped >= 0, gl.minimum(gl.maximum(blocks - skipped, 0), PACK), 0)
+        end = gl.associative_scan(here, 0, add)
+        hit = (end - here <= rank) & (rank < end)
         b += gl.sum(gl.where(hit, start + gl.arange(0, BLOCK_B, hit.type.layout), 0), 0)
-        block += gl.sum(gl.where(hit, high - first, 0), 0)
-        rank -= gl.sum(has, 0)
+        block += gl.sum(gl.where(hit, skipped + rank - (end - here), 0), 0)
+        rank -= gl.sum(here, 0)
     return b, block, high, before
 
 
@@ -147,10 +150,10 @@ def find_items(
     """The finding warp: a record of every item of this program, then one without tiles."""
     records, item_full, item_empty = items
     qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
-    q_heads, num_splits, all_tokens = work
+    q_heads, num_splits, all_tokens, stride_ot, stride_oh = work
     TOKENS: gl.constexpr = BLOCK_M // PACK
     heads = q_heads // PACK
-    blocks, levels = blocks_above(-1, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+    blocks, levels = blocks_above(-1, batch, PAGE_SIZE, PACK, BLOCK_B)
     level = levels - 1
     before = 0
     programs = gl.num_programs(0)
@@ -159,11 +162,11 @@ def find_items(
     while item < blocks * heads * num_splits:
         x = item // (heads * num_splits)
         split = (item - x * heads * num_splits) // heads
-        head = item % heads * PACK  # those of a group run side by side and share their KV in L2
+        head = item % heads * PACK  # blocks of a level run side by side and share their KV in L2
         b = 0
         block = blocks - 1 - x
         if batch_size > 1:
-            b, block, level, before = find_block(x, level, before, batch, PAGE_SIZE, TOKENS, BLOCK_B)
+            b, block, level, before = find_block(x, level, before, batch, PAGE_SIZE, PACK, BLOCK_B)
         q_start = gl.load(qo_indptr_ptr + b)
         q_len = gl.load(qo_indptr_ptr + b + 1) - q_start
         first_page = gl.load(kv_indptr_ptr + b)
@@ -197,6 +200,10 @@ def find_items(
         put(records, slot, 7, pages)
         put(records, slot, 8, first_key)
         put(records, slot, 9, split * all_tokens)
+        # Not the item's, but the groups have no registers to keep them in.
+        put(records, slot, 10, q_heads)
+        put(records, slot, 11, stride_ot // 8)  # `serves` asks for multiples of 16 bytes, so that stores are wide
+        put(records, slot, 12, stride_oh // 8)
         mbarrier.arrive(item_full.index(slot), count=1)
         taken += 1
         if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
@@ -440,7 +447,7 @@ def consume(
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     records, item_full, item_empty = items
-    out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh = results
+    out_ptr, lse_ptr, exponent, v_scale = results
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1] * 8
     D: gl.constexpr = k_tiles.shape[2] * 64
@@ -520,6 +527,9 @@ def consume(
         valid = get(records, slot, 4)
         head = get(records, slot, 5)
         token += get(records, slot, 9)
+        q_heads = get(records, slot, 10)
+        stride_ot = get(records, slot, 11) * 8
+        stride_oh = get(records, slot, 12) * 8
         mbarrier.arrive(item_empty.index(slot), count=1)
         if D == 64:
             l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
@@ -626,9 +636,9 @@ def prefill_attention_hopper(
     DYNAMIC: gl.constexpr = counters_ptr is not None
     if not DYNAMIC:
         counters_ptr = qo_indptr_ptr
-    results = (out_ptr, lse_ptr, exponent, v_scale, q_heads, stride_ot, stride_oh)
+    results = (out_ptr, lse_ptr, exponent, v_scale)
     batch = (qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size)
-    work = (q_heads, num_splits, all_tokens)
+    work = (q_heads, num_splits, all_tokens, stride_ot, stride_oh)
     query = (q_desc, q, q_full)
     k_strides = (k_page_rows, k_head_rows, k_head_columns)
     v_strides = (v_page_rows, v_head_rows, v_head_columns)
