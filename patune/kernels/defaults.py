@@ -70,7 +70,10 @@ def adapt(entry: dict, query: dict) -> dict:
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
         measured = parts(query | {size: entry[size] for size in ("batch_size", "kv_heads", "q_len")})
-        programs = config["num_splits"] * measured * (query["sm_count"] or entry["sm_count"]) // entry["sm_count"]
+        sms = query["sm_count"] or entry["sm_count"]
+        programs = config["num_splits"] * measured * sms // entry["sm_count"]
+        if query["kernel"] == "prefill_hopper":  # a program an SM takes all items
+            programs = min(programs, sms)
         config["num_splits"] = fit_splits(programs, query)
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
         config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1

@@ -64,6 +64,12 @@ def test_a_neighbour_s_prefill_keeps_its_items(batch_size, q_len):
     assert config["num_splits"] == max(1, 8 * 32 // (batch_size * q_len))
 
 
+def test_a_neighbour_with_items_for_all_sms_says_nothing_about_splits():
+    """Half of its items are still more than SMs, and are not cut in two."""
+    sizes = query(kernel="prefill_hopper", q_heads_per_kv=4, kv_len=4096, q_len=4096)
+    assert adapt(sizes | dict(config={"num_splits": 1}, batch_size=8), sizes | dict(batch_size=4))["num_splits"] == 1
+
+
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
     entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, q_len=1, sm_count=132)
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
