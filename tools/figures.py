@@ -25,11 +25,10 @@ GPUS = (RESULTS, *sorted(path for path in RESULTS.parent.iterdir() if path.is_di
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def race_table(mode: str, results: Path = RESULTS) -> str:
-    """The last races of a mode: microseconds of patune and of the best peer in each case; nothing where none ran."""
-    rows = [
-        row for file in sorted(results.glob(f"referee-{mode}*.json"), reverse=True) for row in json.loads(file.read_text())["rows"]
-    ]
+def race_table(mode: str, results: Path = RESULTS, cases: str | None = None) -> str:
+    """The last races of a mode, or of other cases of it: microseconds of patune and of the best peer; nothing where none ran."""
+    files = sorted(results.glob(f"referee-{cases or mode}*.json"), reverse=True)
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     if not rows:
         return ""
     share = "of the streaming floor" if mode == "decode" else "TFLOP/s"
@@ -98,10 +97,10 @@ def prefill_table(*shapes: tuple[int, int]) -> str:
     for (head_dim, page_size, group, w), us in best.items():
         pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(w.q_lens(), w.kv_lens(), strict=True))
         rate = 4 * group * w.kv_heads * head_dim * pairs / us["prefill_hopper"] / 1e6
-        ratio = us["prefill"] / us["prefill_hopper"]
-        lines.append(
-            f"| d{head_dim} p{page_size} {w} | {us['prefill']:.1f} | {us['prefill_hopper']:.1f} | {rate:.0f} | ×{ratio:.2f} |"
-        )
+        plain, ratio = "", ""
+        if "prefill" in us:  # or it has not been measured there yet
+            plain, ratio = f"{us['prefill']:.1f}", f"×{us['prefill'] / us['prefill_hopper']:.2f}"
+        lines.append(f"| d{head_dim} p{page_size} {w} | {plain} | {us['prefill_hopper']:.1f} | {rate:.0f} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -192,9 +191,10 @@ MEASURED = {  # step -> the templates whose times it has; one that came after th
     "referee-decode": ("decode", "decode_hopper"),
     "tune-decode": ("decode", "decode_hopper"),
     "tune-prefill": ("prefill", "prefill_hopper"),
-    "referee-prefill": ("prefill", "prefill_hopper"),
-    "referee-prefill-heads": ("prefill", "prefill_hopper"),
-    "mixed": ("append", "prefill", "prefill_hopper", "decode", "decode_hopper"),
+    "referee-prefill": ("prefill_hopper",),  # which serves all of its cases, and all mixes
+    "referee-prefill-heads": ("prefill_hopper",),
+    "referee-turns": ("prefill_hopper",),
+    "mixed": ("append", "prefill_hopper", "decode_hopper"),
 }
 
 
@@ -310,6 +310,7 @@ FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: prefill_table((128, 16)),
     "prefill race": lambda: race_table("prefill"),
+    "turns": lambda: race_table("prefill", cases="turns"),
     "prefill elsewhere": lambda: prefill_table((128, 64), (64, 16)),
     "host": host_line,
     "decode techniques": lambda: technique_table("decode"),

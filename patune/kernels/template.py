@@ -4,7 +4,7 @@ import functools
 import hashlib
 import io
 import tokenize
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,14 +79,30 @@ class Template:
     @functools.cached_property
     def source_hash(self) -> str:
         """12 hex digits over the device code's tokens; comments, blank lines and indentation width do not count."""
-        skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
         digest = hashlib.sha256()
         for fn in self.jit_functions:
             # .src of a JITFunction, else (interpreter) the wrapped function's own text.
-            for token in tokenize.generate_tokens(io.StringIO(device_source(fn)).readline):
-                if token.type not in skip:
-                    digest.update(token.string.encode() + b"\0")
+            for token in tokens(device_source(fn)):
+                digest.update(token.encode() + b"\0")
         return digest.hexdigest()[:12]
+
+
+def tokens(source: str) -> Iterator[str]:
+    """The tokens that make a program what it is, the same ones in every Python: from 3.12 on, an f-string is many."""
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    f_start, f_end = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+    lines = source.splitlines(keepends=True)
+    starts: list[tuple[int, int]] = []  # of the f-strings that a token is in
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == f_start:
+            starts.append(token.start)
+        elif token.type == f_end:
+            (row, column), (last, end) = starts.pop(), token.end
+            if not starts:
+                text = "".join(lines[row - 1 : last])
+                yield text[column : len(text) - len(lines[last - 1]) + end]
+        elif not starts and token.type not in skip:
+            yield token.string
 
 
 def device_source(fn) -> str:

@@ -62,6 +62,7 @@ def test_a_neighbour_s_prefill_keeps_its_items(batch_size, q_len):
     entry = sizes | dict(config={"num_splits": 8}, batch_size=1, q_len=32)
     config = adapt(entry, sizes | dict(batch_size=batch_size, q_len=q_len))
     assert config["num_splits"] == max(1, 8 * 32 // (batch_size * q_len))
+    assert adapt(entry, sizes | dict(q_len=q_len, kv_len=q_len))["num_splits"] == 1
 
 
 def test_a_neighbour_with_items_for_all_sms_says_nothing_about_splits():
