@@ -10,16 +10,19 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # the values of nu
 def default_config(query: dict) -> dict:
     """A sane config for any GPU: tiles that fit 99 KB of shared memory, splits by how many programs fill the SMs.
 
-    `query` has kernel, head_dim, q_dtype, kv_dtype, sm_count, batch_size, kv_heads, kv_len and ragged; the sizes may be None.
+    `query` has kernel, head_dim, page_size, q_heads_per_kv, q_dtype, kv_dtype, sm_count, batch_size, kv_heads, kv_len, q_len and
+    ragged; sm_count, batch_size, kv_heads and kv_len may be None.
     """
     large = query["head_dim"] > 128 or query["q_dtype"] == "float32"
     huge = query["head_dim"] > 256
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # 2.3% (d64), 4.5% (d128, page 16) and 1.0% (d256) behind the best of an H100's landscape in the geometric mean.
+        # Behind the best of an H100's landscape, in the geometric mean: 2.3% (d64), 4.5% and 4.7% (d128, pages of 16 and of 64), 1.0%
+        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
         splits = fit_splits(query["sm_count"] or 132, query) if query["batch_size"] else 1
-        stages, issue = (2, 1) if query["head_dim"] > 64 else (3, 2)
+        stages, in_turn = (2, query["page_size"] > 32 and not large) if query["head_dim"] > 64 else (3, True)
+        issue = 2 if in_turn else 1
         return {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": issue, "num_splits": splits}
     if query["kernel"] == "prefill":
         return {"BLOCK_M": 32 if huge else 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}

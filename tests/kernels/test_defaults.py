@@ -47,7 +47,7 @@ def test_a_prefill_is_split_where_its_items_leave_sms_idle(batch_size, q_len, pr
     sizes = query(
         kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, ragged=ragged
     )
-    splits = default_config(sizes | dict(head_dim=128, q_dtype="bfloat16", kv_dtype="bfloat16"))["num_splits"]
+    splits = default_config(sizes | dict(head_dim=128, page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16"))["num_splits"]
     assert splits in prefill_hopper.TUNABLES["num_splits"]
     items = parts(sizes)
     assert items >= batch_size * 8 * q_len * group / 128
