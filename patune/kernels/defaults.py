@@ -18,7 +18,7 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, in the geometric mean: 2.3% (d64), 4.5% and 4.7% (d128, pages of 16 and of 64), 1.0%
+        # Behind the best of an H100's landscape, in the geometric mean: 2.3% (d64), 4.5% and 4.7% (d128, pages of 16 and 64), 1.0%
         # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
         splits = fit_splits(query["sm_count"] or 132, query) if query["batch_size"] else 1
         stages, in_turn = (2, query["page_size"] > 32 and not large) if query["head_dim"] > 64 else (3, True)
