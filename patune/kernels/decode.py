@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..workload import Key, Workload
-from .defaults import SPLITS, adapt, default_config, query_of
+from .defaults import SPLITS, default_config, fit, query_of
 from .device import supports_pdl
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
@@ -408,11 +408,6 @@ def invalid(config: Values, key: Key, workload: Workload, sms_a_program: int = 2
     if programs * splits * sms_a_program < key.sm_count and more_splits:
         return "leaves most SMs idle"
     return None
-
-
-def fit(config: Values, key: Key, of: Workload, to: Workload) -> dict[str, int]:
-    """A config for another workload: an SM gets as many programs, so the splits change."""
-    return adapt(query_of(key, of) | {"config": config}, query_of(key, to))
 
 
 TEMPLATE = Template(

@@ -9,7 +9,7 @@ from ..workload import Key, Workload
 from . import cluster_jit, decode
 from . import decode_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import CLUSTERS, SPLITS, default_config, query_of
+from .defaults import CLUSTERS, SPLITS, default_config, fit, query_of
 from .problem import AttentionProblem
 from .registry import FP8, candidates
 from .template import Launch, Template, Values
@@ -117,5 +117,5 @@ TEMPLATE = Template(
     default=lambda key, workload: default_config(query_of(key, workload)),
     problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
     jit_functions=JIT_FUNCTIONS,
-    fit=decode.fit,
+    fit=fit,
 )

@@ -5,6 +5,7 @@ Standard library only and free of imports from patune: `patune export --to pytho
 
 CLUSTERS = (1, 2, 4, 8)  # the values of cluster that are searched; of 16, few fit a GPU's groups of SMs: 6 to 35% slower on an H100
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # the values of num_splits that are searched
+PREFILL_SPLITS = SPLITS[:8]  # those of a prefill
 
 
 def default_config(query: dict) -> dict:
@@ -21,8 +22,9 @@ def default_config(query: dict) -> dict:
         # Behind the best of an H100's landscape, in the geometric mean: 2.3% (d64), 4.5% and 4.7% (d128, pages of 16 and 64), 1.0%
         # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
         splits = fit_splits(query["sm_count"] or 132, query) if query["batch_size"] else 1
-        stages, in_turn = (2, query["page_size"] > 32 and not large) if query["head_dim"] > 64 else (3, True)
-        issue = 2 if in_turn else 1
+        small = query["head_dim"] <= 64
+        issue = 2 if small or (query["page_size"] > 32 and not large) else 1
+        stages = 3 if small else 2
         return {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": issue, "num_splits": splits}
     if query["kernel"] == "prefill":
         return {"BLOCK_M": 32 if huge else 64 if large else 128, "BLOCK_N": 32 if large else 64, "num_warps": 8, "num_stages": 2}
@@ -63,7 +65,7 @@ def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) ->
     prefill none with less than 512."""
     wanted = programs // parts(query)
     if query["kernel"] == "prefill_hopper":
-        wanted, tokens = min(wanted, 16), 512  # less is not worth joining
+        wanted, tokens = min(wanted, PREFILL_SPLITS[-1]), 512  # less is not worth joining
     elif query["ragged"]:  # one split would leave the longest sequence to one program
         wanted = max(wanted, ragged)
     wanted = min(wanted, (query["kv_len"] or 1 << 30) // tokens)
@@ -83,6 +85,11 @@ def adapt(entry: dict, query: dict) -> dict:
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
         config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
     return config
+
+
+def fit(config, key, of, to) -> dict:
+    """adapt() between two Workloads of a Key: what a template proposes on workload `to` after config has won on `of`."""
+    return adapt(query_of(key, of) | {"config": config}, query_of(key, to))
 
 
 def answer(query: dict, entry: dict | None, source: str, default: dict) -> tuple[dict, str]:

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import adapt, default_config, packed_heads, parts, query_of
+from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, parts, query_of
 from .device import device_of
 from .prefill_reduce_jit import prefill_reduce
 from .problem import AttentionProblem
@@ -32,7 +32,7 @@ TUNABLES = {
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
     "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
     "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
-    "num_splits": (1, 2, 3, 4, 6, 8, 12, 16),  # parts of an item's keys, where items are fewer than SMs
+    "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items are fewer than SMs
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
@@ -101,7 +101,7 @@ def launches(
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
-    """Why a point need not run: it cannot fit, or its rings are short where longer ones fit."""
+    """Why a point need not run: it cannot fit, its rings are short where longer ones fit, or its splits do not suit the SMs."""
     block_n, stages, splits = config["BLOCK_N"], config["num_stages"], config["num_splits"]
     if key.head_dim > 128 and block_n > 64:
         return "the accumulators of scores and output exceed the registers"
@@ -114,15 +114,10 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     if splits > 1 and splits * 256 > workload.kv_len:
         return "less than 256 keys a split"
     if splits > 1 and programs > 2 * key.sm_count:
-        return "more than 2 items an SM without as many splits"
+        return "more than 2 items an SM"
     if programs * 3 < key.sm_count and splits < TUNABLES["num_splits"][-1] and splits * 1024 <= workload.kv_len:
         return "leaves most SMs idle"
     return None
-
-
-def fit(config: Values, key: Key, of: Workload, to: Workload) -> dict[str, int]:
-    """A config for another workload: an SM gets as many items, so the splits change."""
-    return adapt(query_of(key, of) | {"config": config}, query_of(key, to))
 
 
 TEMPLATE = Template(

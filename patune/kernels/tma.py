@@ -16,9 +16,6 @@ def swizzled(row_bytes: int, itemsize: int, rank: int = 2) -> gl.NVMMASharedLayo
     return gl.NVMMASharedLayout(swizzle_byte_width=min(128, row_bytes), element_bitwidth=8 * itemsize, rank=rank)
 
 
-SWIZZLED = swizzled(128, 2)
-
-
 def aligned(x: torch.Tensor, *strides: int) -> bool:
     """What TMA asks for: 16-byte multiples."""
     return all(n * x.element_size() % 16 == 0 for n in strides) and x.data_ptr() % 16 == 0
