@@ -11,10 +11,12 @@ import triton.language as tl
 
 from ..workload import Key, Workload
 from .defaults import default_config, query_of
-from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
+from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length
 from .problem import AttentionProblem
 from .sizes import MAX_GRID_Y, ceil_div, exceeds_registers, next_power_of_2
 from .template import Launch, Template, Values
+
+SLACK = tl.constexpr(8.0)  # in base 2: how far a row's maximum may outgrow what its exponents are taken against
 
 
 @triton.jit
@@ -36,28 +38,67 @@ def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: 
 
 
 @triton.jit
+def page_ids(page_ids_ptr, start, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each token of the KV tile at token `start`, 0 for those past the sequence's `pages`. [BLOCK_N]"""
+    if BLOCK_N % PAGE_SIZE == 0:  # then so is start: one address, and constants to add to it
+        page = start // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE
+    else:
+        page = (start + tl.arange(0, BLOCK_N)) // PAGE_SIZE
+    return tl.load(page_ids_ptr + page, mask=page < pages, other=0)
+
+
+@triton.jit
+def load_tile(
+    ptr, page, start, end, stride_p, stride_t,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """K or V of the tile at token `start` on the pages `page`. With MASKED, 0 for tokens >= end. [BLOCK_N, BLOCK_D]"""
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    if BLOCK_N % PAGE_SIZE == 0:
+        row = offs_n % PAGE_SIZE
+    else:
+        row = (start + offs_n) % PAGE_SIZE
+    # What does not change from tile to tile first, and page ids without a sign: a row's address is 4 instructions then, not 16.
+    ptrs = (ptr + (row * stride_t)[:, None] + offs_d[None, :]) + (page.to(tl.uint32).to(tl.int64) * stride_p)[:, None]
+    if MASKED:
+        return tl.load(ptrs, mask=(start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    elif BLOCK_D == HEAD_DIM:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def lazy_softmax_step(s, scale, m, l, acc):
+    """softmax_step whose m follows a row's maximum only where that has outgrown it by SLACK, so that acc is rarely rescaled.
+
+    Weights reach 2 ** SLACK, which fp16 holds; p, l and acc are as exact.
+    """
+    top = tl.max(s, 1) * scale
+    m_new = tl.where(top > m + SLACK, top, m)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * scale - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    if tl.max((m_new > m).to(tl.int32), 0) > 0:
+        acc = acc * alpha[:, None]
+    return p, m_new, l * alpha + tl.sum(p, 1), acc
+
+
+@triton.jit
 def attend(
-    q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, start, end, last_key, qk_scale, exponent, soft_cap, window,
-    stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+    q, m, l, acc, k_ptr, v_ptr, page, start, end, last_key, qk_scale, exponent, soft_cap, window,
+    stride_kp, stride_kt, stride_vp, stride_vt,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The KV tile of the tokens `token` on the pages `page`. Returns m, l, acc and the next tile's token and page.
+    """The KV tile at token `start` on the pages `page`. Returns m, l, acc.
 
-    With MASKED, keys >= end, keys after a row's last key and keys before its window are hidden. Tokens are clamped to
-    end - 1: every load is in bounds and reads a real token, so stale NaN never meets a weight of 0.
+    With MASKED, keys >= end, keys after a row's last key and keys before its window are hidden, and neither K nor V is read from
+    `end` on, so stale NaN never meets a weight of 0.
     """
-    row = token % PAGE_SIZE
-    k_ptrs = k_ptr + (page.to(tl.int64) * stride_kp + row * stride_kt)[:, None] + offs_d[None, :]
-    v_ptrs = v_ptr + (page.to(tl.int64) * stride_vp + row * stride_vt)[:, None] + offs_d[None, :]
-    # The next tile's page ids, a whole tile ahead of the loads that need them.
-    token = tl.minimum(start + BLOCK_N + tl.arange(0, BLOCK_N), end - 1)
-    page = tl.load(page_ids_ptr + token // PAGE_SIZE)
-    if BLOCK_D == HEAD_DIM:
-        k = tl.load(k_ptrs)  # [BLOCK_N, BLOCK_D]
-    else:
-        k = tl.load(k_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-    s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))  # [BLOCK_M, BLOCK_N]
+    k = load_tile(k_ptr, page, start, end, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, MASKED, BLOCK_N, BLOCK_D)
+    s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if HAS_SOFT_CAP:
         s = cap_logits(s * qk_scale, soft_cap)
     if MASKED:
@@ -66,13 +107,9 @@ def attend(
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > last_key[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-    p, m, l, acc = softmax_step(s, exponent, m, l, acc)
-    if BLOCK_D == HEAD_DIM:
-        v = tl.load(v_ptrs)
-    else:
-        v = tl.load(v_ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-    acc = dot(p.to(q.dtype), v.to(q.dtype), acc)
-    return m, l, acc, token, page
+    p, m, l, acc = lazy_softmax_step(s, exponent, m, l, acc)
+    v = load_tile(v_ptr, page, start, end, stride_vp, stride_vt, HEAD_DIM, PAGE_SIZE, MASKED, BLOCK_N, BLOCK_D)
+    return m, l, dot(p.to(q.dtype), v.to(q.dtype), acc)
 
 
 @triton.jit(
@@ -137,21 +174,23 @@ def prefill_attention(
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
     page_ids_ptr = kv_indices_ptr + first_page
+    pages = tl.cdiv(end, PAGE_SIZE)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    token = tl.minimum(start + tl.arange(0, BLOCK_N), end - 1)
-    page = tl.load(page_ids_ptr + token // PAGE_SIZE, mask=token >= 0, other=0)
+    page = page_ids(page_ids_ptr, start, pages, PAGE_SIZE, BLOCK_N)
     for n in range(start, full_end, BLOCK_N):
-        m, l, acc, token, page = attend(
-            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
-            stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+        m, l, acc = attend(
+            q, m, l, acc, k_ptr, v_ptr, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
+            stride_kp, stride_kt, stride_vp, stride_vt,
             HEAD_DIM, PAGE_SIZE, False, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+        page = page_ids(page_ids_ptr, n + BLOCK_N, pages, PAGE_SIZE, BLOCK_N)  # a whole tile ahead of the loads that need them
     for n in range(full_end, end, BLOCK_N):
-        m, l, acc, token, page = attend(
-            q, m, l, acc, k_ptr, v_ptr, page_ids_ptr, token, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
-            stride_kp, stride_kt, stride_vp, stride_vt, offs_d,
+        page = page_ids(page_ids_ptr, n, pages, PAGE_SIZE, BLOCK_N)
+        m, l, acc = attend(
+            q, m, l, acc, k_ptr, v_ptr, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
+            stride_kp, stride_kt, stride_vp, stride_vt,
             HEAD_DIM, PAGE_SIZE, True, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -161,11 +200,15 @@ def prefill_attention(
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
     o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    tl.store(out_ptr + tokens[:, None] * stride_ot + head * stride_oh + offs_d[None, :] * stride_od,
-             o.to(out_ptr.dtype.element_ty), mask=q_mask)  # fmt: skip
+    # The rows anew, counted from the block's first token: those of q would take registers all the way through the loops.
+    rows = tl.arange(0, BLOCK_M)
+    first_token = (q_start + block * BLOCK_M).to(tl.int64)
+    row_mask = rows < q_len - block * BLOCK_M
+    tl.store(out_ptr + first_token * stride_ot + head * stride_oh + rows[:, None] * stride_ot + offs_d[None, :] * stride_od,
+             o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])  # fmt: skip
     if lse_ptr is not None:
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
-        tl.store(lse_ptr + tokens * tl.num_programs(0) + head, lse, mask=rows < q_len)
+        tl.store(lse_ptr + (first_token + rows) * tl.num_programs(0) + head, lse, mask=row_mask)
 
 
 TUNABLES = {
@@ -174,7 +217,9 @@ TUNABLES = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
 }
-JIT_FUNCTIONS = (dot, kv_length, cap_logits, softmax_step, add_sink, find_block, attend, prefill_attention)
+JIT_FUNCTIONS = (
+    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, lazy_softmax_step, attend, prefill_attention
+)  # fmt: skip
 BLOCK_B = 128  # sequences looked at together when query blocks are counted
 
 

@@ -23,7 +23,6 @@ from .tma import aligned, is_addressable, pool_arguments, swizzled
 
 ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producers spill, and 504 is all that three groups have
-BLOCK_R = 16  # rows a program joins the splits of
 BLOCK_B = 64  # sequences looked at together when an item is found; more make the finding warp spill
 STATIC, DYNAMIC = 1, 2
 FREE, IN_TURN = 1, 2
@@ -93,10 +92,11 @@ def launches(
     ))  # fmt: skip
     if num_splits == 1:
         return [attend]
-    return [attend, Launch(prefill_reduce, (ceil_div(tokens * q_heads, BLOCK_R),), dict(
+    return [attend, Launch(prefill_reduce, (tokens * q_heads,), dict(
         qo_indptr_ptr=qo_indptr, partial_ptr=attended, partial_lse_ptr=attended_lse, out_ptr=out, lse_ptr=lse, v_scale=v_factor,
         num_splits=num_splits, batch_size=batch_size, all_tokens=tokens, q_heads=q_heads,
-        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_R=BLOCK_R, num_warps=4, launch_pdl=True,
+        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_S=TUNABLES["num_splits"][-1],
+        num_warps=2, launch_pdl=True,
     ))]  # fmt: skip
 
 

@@ -91,42 +91,48 @@ def add(a, b):
 
 
 @gluon.jit
-def find_block(x, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
-    """Query block x of the batch, counted from the highest level down: its sequence, the block within it, its level, and how many
-    blocks are above that. It is at level `high`, above which `before` blocks are, or below: where the block before it was.
+def find_block(x, heads, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
+    """Item x of the batch, counted from the highest level down: its sequence, the first of the blocks that this has at the item's
+    level, how many they are, the item's place among theirs, the level, and how many blocks are above it.
 
-    The next block is mostly at the same level or near it, so steps down double until they are below it, and the rest is bisected.
+    It is at level `high`, above which `before` blocks are, or below: where the item before it was. The next item is mostly at the
+    same level or near it, so steps down double until they are below it, and the rest is bisected.
     """
     low = high
     step = 1
     while low == high:
         low = gl.maximum(high - step, -1)
         count, _ = blocks_above(low, batch, PAGE_SIZE, PACK, BLOCK_B)
-        if count <= x:
+        if count * heads <= x:
             high = low
             before = count
         step *= 2
     while high - low > 1:
         middle = (low + high) // 2
         count, _ = blocks_above(middle, batch, PAGE_SIZE, PACK, BLOCK_B)
-        if count <= x:
+        if count * heads <= x:
             high = middle
             before = count
         else:
             low = middle
     b = 0
-    block = 0
-    rank = x - before  # among the blocks of this level, those of a sequence in a row
+    first_block = 0
+    blocks_here = 0  # of the sequence, at this level
+    place = 0  # among the sequence's items of this level
+    rank = x - before * heads  # among all of this level
     for start in range(0, batch[3], BLOCK_B):
         blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
         skipped = (high - first) * PACK
         here = gl.where(skipped >= 0, gl.minimum(gl.maximum(blocks - skipped, 0), PACK), 0)
-        end = gl.associative_scan(here, 0, add)
-        hit = (end - here <= rank) & (rank < end)
+        end = gl.associative_scan(here, 0, add) * heads
+        ahead = end - here * heads
+        hit = (ahead <= rank) & (rank < end)
         b += gl.sum(gl.where(hit, start + gl.arange(0, BLOCK_B, hit.type.layout), 0), 0)
-        block += gl.sum(gl.where(hit, skipped + rank - (end - here), 0), 0)
-        rank -= gl.sum(here, 0)
-    return b, block, high, before
+        first_block += gl.sum(gl.where(hit, skipped, 0), 0)
+        blocks_here += gl.sum(gl.where(hit, here, 0), 0)
+        place += gl.sum(gl.where(hit, rank - ahead, 0), 0)
+        rank -= gl.sum(here, 0) * heads
+    return b, first_block, blocks_here, place, high, before
 
 
 @gluon.jit
@@ -160,13 +166,18 @@ def find_items(
     item = gl.program_id(0)
     taken = 0  # items so far
     while item < blocks * heads * num_splits:
-        x = item // (heads * num_splits)
-        split = (item - x * heads * num_splits) // heads
-        head = item % heads * PACK  # blocks of a level run side by side and share their KV in L2
+        x = item // num_splits
+        split = item - x * num_splits
         b = 0
-        block = blocks - 1 - x
+        later = x // (PACK * heads) * PACK  # blocks of the one sequence after those of this level
+        blocks_here = gl.minimum(blocks - later, PACK)
+        first_block = blocks - later - blocks_here
+        place = x - later * heads
         if batch_size > 1:
-            b, block, level, before = find_block(x, level, before, batch, PAGE_SIZE, PACK, BLOCK_B)
+            b, first_block, blocks_here, place, level, before = find_block(x, heads, level, before, batch, PAGE_SIZE, PACK, BLOCK_B)
+        head = place // blocks_here  # a head's blocks of a level run side by side, and share its keys in L2
+        block = first_block + place - head * blocks_here
+        head *= PACK
         q_start = gl.load(qo_indptr_ptr + b)
         q_len = gl.load(qo_indptr_ptr + b + 1) - q_start
         first_page = gl.load(kv_indptr_ptr + b)

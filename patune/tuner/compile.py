@@ -33,6 +33,9 @@ SHARED_BYTES = {
     "10.0": 232448,
     "12.0": 101376,
 }  # a block, opt-in
+# A thread. Registers that wait in memory outside of the hot loop cost little: with 168 bytes a plain prefill of 128 rows was the
+# fastest of 17 points on all 4 workloads of an H100. The configs above the limit have 750 and more.
+MAX_SPILL_BYTES = 512
 TIMEOUT_S = 120.0  # for the configs of one variant
 
 
@@ -206,7 +209,7 @@ def _build(problems: Any, key: Key, workload: Workload, config: Values, shared_l
     status, message = "ok", ""
     if shared_limit is not None and shared > shared_limit:
         status, message = "out_of_resources", f"{shared} bytes of shared memory a block, the GPU has {shared_limit}"
-    elif spills > 0:
+    elif spills > MAX_SPILL_BYTES:
         status, message = "out_of_resources", f"{spills} bytes of registers a thread spill"
     return Build(status, message, shared, registers, spills, time.perf_counter() - started)
 
