@@ -95,7 +95,7 @@ def launches(
     return [attend, Launch(prefill_reduce, (tokens * q_heads,), dict(
         qo_indptr_ptr=qo_indptr, partial_ptr=attended, partial_lse_ptr=attended_lse, out_ptr=out, lse_ptr=lse, v_scale=v_factor,
         num_splits=num_splits, batch_size=batch_size, all_tokens=tokens, q_heads=q_heads,
-        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_S=TUNABLES["num_splits"][-1],
+        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_S=TUNABLES["num_splits"][-1], PDL=True,
         num_warps=2, launch_pdl=True,
     ))]  # fmt: skip
 

@@ -12,7 +12,7 @@ from .primitives import LOG2E
 )
 def prefill_reduce(
     qo_indptr_ptr, partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, v_scale, num_splits, batch_size, all_tokens, q_heads,
-    stride_ot, stride_oh, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+    stride_ot, stride_oh, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows,), a row being a head of a token; BLOCK_S is the most splits, read all at once.
 
@@ -25,8 +25,9 @@ def prefill_reduce(
     splits = tl.arange(0, BLOCK_S)
     columns = tl.arange(0, HEAD_DIM)
     slots = row + (splits * all_tokens).to(tl.int64) * q_heads
-    gdc_wait()
-    gdc_launch_dependents()
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if there:
         lse = tl.load(partial_lse_ptr + slots, mask=splits < num_splits, other=float("-inf")) * LOG2E
         o = tl.load(partial_ptr + slots[:, None] * HEAD_DIM + columns[None, :], mask=(splits < num_splits)[:, None], other=0.0)
