@@ -254,13 +254,17 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or its rows do not fill its warps."""
     block_m, block_n, warps, stages = (config[name] for name in TUNABLES)
     row_bytes = max(16, next_power_of_2(key.head_dim)) * 2
-    if (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 + block_m * row_bytes:  # q may live in registers
+    huge = key.head_dim > 256
+    q_rows = block_m if huge and block_m >= 64 else 0  # elsewhere q may live in registers
+    if (q_rows + 2 * stages * block_n) * row_bytes > 227 * 1024:
         return "tiles in flight exceed shared memory"
-    if (block_m <= 32) != (key.head_dim > 256) or (block_n == 16 and key.head_dim <= 256):
-        return "16 and 32 rows are all that the registers hold at head_dim 512, and too few for wgmma elsewhere, as are 16 keys"
-    if exceeds_registers(block_m, block_n, key.head_dim, warps):
+    if not huge and (block_m < 64 or block_n < 32):
+        return "too few rows for wgmma, or too few keys"
+    if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):
         return "the accumulator and a tile exceed the registers"
-    if 32 < block_m < 16 * warps:
+    if block_m < 64 and exceeds_registers(block_m, block_n, key.head_dim, warps):
+        return "the accumulator and a tile exceed the registers"
+    if not huge and block_m < 16 * warps:
         return "fewer than 16 rows a warp"
     if block_m * row_bytes * 2 // (32 * warps) > 1024:  # bytes of fp32 accumulator a thread; 255 registers hold 1020
         return "the accumulator exceeds the registers"

@@ -75,7 +75,7 @@ def test_at_head_dim_512_the_rules_leave_what_fits_the_registers_and_the_default
     builds = compile_all([["9.0", asdict(key), asdict(workload), config] for config in variants.values()])
     wrong = {str(config): build for config, build in zip(variants.values(), builds, strict=True) if build["status"] != "ok"}
     assert not wrong
-    assert all(0 < build["registers"] < 240 and build["spill_bytes"] <= 16 for build in builds)
+    assert all(0 < build["registers"] <= 255 and build["spill_bytes"] <= 128 for build in builds)
     for w in standard_workloads(kernel, 2):
         assert variant(of, of.default(key, w)) in {variant(of, config) for config in valid_points(of, key, w)}
 
