@@ -50,7 +50,8 @@ def _landscape(out: Path, db: Path | None) -> list[Path]:
     from ..tuner.record import record
 
     with Store.open(db or database_path()) as store:
-        record(store, out, _commit())
+        for line in record(store, out, _commit()):
+            click.echo(f"left out: {line}", err=True)
     return [out]
 
 

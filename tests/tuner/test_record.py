@@ -1,4 +1,6 @@
-"""A landscape is complete or it is not written."""
+"""A workload is in a landscape with all of its configs or not at all."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -30,17 +32,27 @@ def store(tmp_path):
 def test_every_config_is_there_once_with_its_longest_measurement(store, tmp_path):
     store.add_trials(KEY, WORKLOAD, H100, [trial(config, 5.0) for config in POINTS], "measured")
     store.add_trials(KEY, WORKLOAD, H100, [trial(POINTS[0], 4.0, rounds=15)], "measured")
-    assert record(store, tmp_path / "l.json.gz", "c0ffee") == len(POINTS)
+    assert record(store, tmp_path / "l.json.gz", "c0ffee") == []
     recorded = landscape.load(tmp_path / "l.json.gz")
+    assert len(recorded.trials(KEY, WORKLOAD)) == len(POINTS)
     assert recorded.commit == "c0ffee"
     assert recorded.environment == H100
     assert recorded.optimum(KEY, WORKLOAD).config == POINTS[0]
     assert len(recorded.optimum(KEY, WORKLOAD).samples_us) == 15
 
 
-def test_a_hole_is_an_error_that_says_how_many_are_missing(store, tmp_path):
+def test_a_workload_with_a_hole_is_left_out_and_named(store, tmp_path):
+    store.add_trials(KEY, WORKLOAD, H100, [trial(config, 5.0) for config in POINTS], "measured")
+    other = replace(WORKLOAD, batch_size=16)
+    store.add_trials(KEY, other, H100, [trial(config, 5.0) for config in valid_points(KERNEL, KEY, other)[2:]], "measured")
+    (line,) = record(store, tmp_path / "l.json.gz", "")
+    assert line.startswith(f"append {other}: 2 of ")
+    assert landscape.load(tmp_path / "l.json.gz").workloads(KEY) == [WORKLOAD]
+
+
+def test_nothing_is_written_where_no_workload_is_complete(store, tmp_path):
     store.add_trials(KEY, WORKLOAD, H100, [trial(config, 5.0) for config in POINTS[2:]], "measured")
-    with pytest.raises(PatuneError, match=f"2 of {len(POINTS)} configs have no trial"):
+    with pytest.raises(PatuneError, match=f"run --trials all first: .* 2 of {len(POINTS)} configs have no trial"):
         record(store, tmp_path / "l.json.gz", "")
     assert not (tmp_path / "l.json.gz").exists()
 
