@@ -1,6 +1,6 @@
 """`patune run` beside triton.autotune: the same kernels, configs and workloads, each from an empty Triton cache, on a GPU host.
 
-    python tools/autotune.py OUT.json [--seconds 300] [--gpu h100] [--model llama-3.1-8b] [--kernel all] [--commit HASH]
+    python tools/autotune.py OUT.json [--seconds 300] [--gpu h100] [--model llama-3.1-8b] [--kernel all] [--commit HASH] [--run RUN]
 
 triton.autotune is used as it comes: it compiles a config when its turn is there, times it with its own benchmark, and keeps the
 fastest, for every new value of its key, which is the workload; the rules of the template prune its configs. It wraps one
@@ -199,10 +199,13 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--kernel", default="all")
     parser.add_argument("--commit", default="", help="the commit that is measured")
+    parser.add_argument("--run", type=Path, help="write the document of patune's own run here too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         patune_s, document = patune_run(args, folder)  # before anything here is on the GPU
         print(f"patune: {patune_s:.1f} s", flush=True)
+        if args.run:
+            args.run.write_text(json.dumps(document, indent=2) + "\n")
         rows = [(Key(**part["key"]), Workload(**row["workload"]), row) for part in document["keys"] for row in part["workloads"]]
         plan: dict[Key, list[Workload]] = {}
         for key, workload, _ in rows:

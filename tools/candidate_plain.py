@@ -6,6 +6,6 @@ from pathlib import Path
 from patune.kernels import prefill_hopper
 
 sys.path.insert(0, str(Path(__file__).parent))
-from candidate import prefill  # noqa: E402, F401
+from candidate import prefill  # noqa: F401
 
 prefill_hopper.candidates = lambda *_, **__: ("prefill",)

@@ -96,11 +96,10 @@ def prefill_table(*shapes: tuple[int, int]) -> str:
     lines = ["| prefill | plain Triton µs | Hopper template µs | TFLOP/s | speedup |", "|---|--:|--:|--:|--:|"]
     for (head_dim, page_size, group, w), us in best.items():
         pairs = sum(q * (n - q) + q * (q + 1) // 2 for q, n in zip(w.q_lens(), w.kv_lens(), strict=True))
-        rate = 4 * group * w.kv_heads * head_dim * pairs / us["prefill_hopper"] / 1e6
-        plain, ratio = "", ""
-        if "prefill" in us:  # or it has not been measured there yet
-            plain, ratio = f"{us['prefill']:.1f}", f"×{us['prefill'] / us['prefill_hopper']:.2f}"
-        lines.append(f"| d{head_dim} p{page_size} {w} | {plain} | {us['prefill_hopper']:.1f} | {rate:.0f} | {ratio} |")
+        plain, hopper = us["prefill"], us.get("prefill_hopper")  # which does not take head_dim 512
+        rate = 4 * group * w.kv_heads * head_dim * pairs / (hopper or plain) / 1e6
+        both = f"{hopper:.1f} | {rate:.0f} | ×{plain / hopper:.2f}" if hopper else f"| {rate:.0f} |"
+        lines.append(f"| d{head_dim} p{page_size} {w} | {plain:.1f} | {both} |")
     return "\n".join(lines)
 
 
@@ -192,7 +191,7 @@ MEASURED = {  # step -> the templates whose times it has; one that came after th
     "tune-decode": ("decode", "decode_hopper"),
     "tune-prefill": ("prefill", "prefill_hopper"),
     "referee-prefill": ("prefill_hopper",),  # which serves all of its cases, and all mixes
-    "referee-prefill-heads": ("prefill_hopper",),
+    "referee-plain": ("prefill",),
     "referee-turns": ("prefill_hopper",),
     "mixed": ("append", "prefill_hopper", "decode_hopper"),
 }
@@ -310,8 +309,9 @@ FIGURES = {
     "decode": lambda: race_table("decode"),
     "prefill": lambda: prefill_table((128, 16)),
     "prefill race": lambda: race_table("prefill"),
+    "plain race": lambda: race_table("prefill", cases="plain"),
     "turns": lambda: race_table("prefill", cases="turns"),
-    "prefill elsewhere": lambda: prefill_table((128, 64), (64, 16)),
+    "prefill elsewhere": lambda: prefill_table((128, 64), (64, 16), (256, 32), (512, 16)),
     "host": host_line,
     "decode techniques": lambda: technique_table("decode"),
     "prefill techniques": lambda: technique_table("prefill"),

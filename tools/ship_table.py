@@ -3,8 +3,8 @@
     python tools/ship_table.py patune/tables/h100.db tuned.db [more.db ...]
 
 Later databases win where two hold the same workload. Only measured configs ship, and only those that this machine's
-Triton compiles without spills as well: a table serves more versions than the one it was measured with. Where the winner
-does not, the next fastest trial that does takes its place.
+Triton compiles as the tuner would accept it as well: a table serves more versions than the one it was measured with. Where the
+winner is not, the next fastest trial that is takes its place.
 """
 
 import sqlite3
@@ -47,7 +47,7 @@ def _copy_winners(store: Store, table: Store) -> None:
         (trial_id,) = table.add_trials(key, workload, environment, [trial], "measured")
         default_us = entry["default_us"]
         if default_us is not None and trial.us > default_us:
-            default_us = None  # it was faster than what is left, so it spills here like the winner
+            default_us = None  # it was faster than what is left, so it is refused here like the winner
         table.set_config(key, workload, trial_id, default_us, entry["evaluations"], "measured")
     for pool in pools.values():
         pool.close()
@@ -61,10 +61,10 @@ def _fastest_that_compiles(store: Store, key: Key, workload: Workload, entry: di
         pool.submit(key, workload, [trial.config])
         if pool.build(key, workload, trial.config).status == "ok":
             if trial is not winner:
-                print(f"{key.kernel} {workload}: {winner.config}, {winner.us:.2f} us, spills here;")
+                print(f"{key.kernel} {workload}: {winner.config}, {winner.us:.2f} us, is refused here;")
                 print(f"    ships {trial.config}, {trial.us:.2f} us")
             return trial
-    raise SystemExit(f"{key.kernel} {workload}: no config compiles without spills here")
+    raise SystemExit(f"{key.kernel} {workload}: no config compiles here")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ def choose(name: str, devices: tuple[int, ...] | None, replay: str | None) -> So
     """
     if replay is not None and devices is not None:
         raise UsageError("--devices: a replay runs on no device, leave out one of --devices and --replay")
+    if replay is None and usage.has_driver():
+        from ..tuner import server
+
+        server.start()  # it loads what this process loads next, at the same time
     busy = usage.busy_gpus() if replay is None else {}  # before anything here is on a GPU
     here = visible_gpus() if replay is None or name == AUTO else []
     if devices is not None and max(devices) >= len(here):

@@ -1,5 +1,6 @@
 """Which GPUs other programs are using, as the driver tells."""
 
+import shutil
 import subprocess
 import time
 
@@ -8,31 +9,49 @@ SECOND_LOOK_S = 1.0  # later: a program that starts or has just ended keeps a GP
 BUSY_MIB = 1024  # of memory in use: more than the driver takes for itself, less than any model
 
 
+def has_driver() -> bool:
+    """Whether there is an NVIDIA driver to ask."""
+    return shutil.which("nvidia-smi") is not None
+
+
 def busy_gpus() -> dict[int, str]:
     """Index, as torch counts -> what it is busy with; empty where the driver does not tell."""
-    used = _used()
+    asked = _ask()
+    if asked is None:
+        return {}
+    import torch  # takes longer than the answer
+
+    used = _used(asked)
     if any(percent >= BUSY_PERCENT for percent, _ in used.values()):
         time.sleep(SECOND_LOOK_S)
-        again = _used()
+        again = _used(_ask())
         used = {uuid: (min(percent, again.get(uuid, (0, 0))[0]), mib) for uuid, (percent, mib) in used.items()}
-    if not used:
-        return {}
-    import torch
-
     busy = {}
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count()) if used else ():
         percent, mib = used.get(str(torch.cuda.get_device_properties(index).uuid), (0, 0))
         if percent >= BUSY_PERCENT or mib >= BUSY_MIB:
             busy[index] = f"{percent}% in use, {mib / 1024:.1f} GiB of its memory taken"
     return busy
 
 
-def _used() -> dict[str, tuple[int, int]]:
-    """UUID -> percent of the time with a kernel running, and MiB in use."""
-    query = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+def _ask() -> subprocess.Popen | None:
+    command = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+
+
+def _used(asked: subprocess.Popen | None) -> dict[str, tuple[int, int]]:
+    """UUID -> percent of the time with a kernel running, and MiB in use; empty if that is not what was answered."""
+    if asked is None:
+        return {}
+    try:
+        lines = asked.communicate(timeout=30)[0].splitlines()
         rows = [line.split(", ") for line in lines]
         return {uuid.removeprefix("GPU-"): (int(percent), int(mib)) for uuid, percent, mib in rows}
-    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one that answers [N/A]
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        return {}
+    except ValueError:  # [N/A], or an error in words
         return {}

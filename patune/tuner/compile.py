@@ -1,11 +1,10 @@
 """Compiling ahead on every core without touching a GPU. What counts is left behind in Triton's disk cache.
 
-A child process is forked from a server that has torch and triton loaded, stands in for the GPU's driver with a stub, and
+A child process is forked from a server that has all of it loaded, stands in for the GPU's driver with a stub, and
 compiles for the target's compute capability. A compiler that crashes or hangs costs the configs that it was given.
 """
 
 import functools
-import multiprocessing
 import os
 import queue
 import re
@@ -17,12 +16,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ..kernels.template import Values
 from ..workload import Key, Workload
+from . import server
 from .space import Point, variant
 
 SHARED_BYTES = {
@@ -51,18 +50,11 @@ class Build:
     seconds: float = 0.0
 
 
-def start_server() -> None:
-    """Start what children are forked from, which then loads torch and triton in the background; nothing if it runs."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "triton"])
-    forkserver.ensure_running()
-
-
 class CompilePool:
     """Compiles configs in the background for one compute capability, each once."""
 
     def __init__(self, capability: str, workers: int | None = None, timeout_s: float = TIMEOUT_S):
-        start_server()
-        self._context = multiprocessing.get_context("forkserver")
+        server.start()
         self._capability, self._timeout_s = capability, timeout_s
         count = workers or max(2, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="compile")
@@ -119,7 +111,7 @@ class CompilePool:
         with self._starting:
             if self._closed:
                 raise OSError("the pool is closed")
-            child = _Child(self._context, self._capability)
+            child = _Child(self._capability)
             self._children.append(child)
             return child
 
@@ -131,7 +123,8 @@ def _frozen(config: Values) -> frozenset:
 class _Child:
     """One compiling process and the pipe to it."""
 
-    def __init__(self, context: Any, capability: str):
+    def __init__(self, capability: str):
+        context = server.context()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, capability), name="patune-compile", daemon=True)
         self._process.start()

@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from .runner import Race, Runner
@@ -53,8 +54,8 @@ class Threads:
             return None
 
     def close(self) -> None:
-        for runner in self.runners:
-            runner.close()
+        with ThreadPoolExecutor(len(self.runners)) as ending:  # a GPU takes its time to be freed
+            list(ending.map(lambda runner: runner.close(), self.runners))
 
     def _run(self, device: int, call: Call) -> None:
         try:

@@ -13,7 +13,8 @@ from ..cachedb.trial import Environment, Trial
 from ..errors import WorkerError
 from ..kernels.template import Values
 from ..workload import Key, Workload
-from .compile import CompilePool, start_server
+from . import server
+from .compile import CompilePool
 from .phases import Phases
 from .runner import ROUNDS, Race
 from .timing import refuse_capture
@@ -43,8 +44,6 @@ class GpuRunner:
     @classmethod
     def several(cls, devices: Sequence[str | None]) -> list[Self]:
         """One for each device, by what CUDA_VISIBLE_DEVICES calls it, None for the current one. They share a compile pool."""
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            start_server()  # the workers take as long to load
         with ThreadPoolExecutor(len(devices)) as starting:
             workers = list(starting.map(_Worker, devices))
         pool = _pool_for(workers[0].environment)
@@ -161,7 +160,12 @@ class _Worker:
     """The measuring process, started and ready."""
 
     def __init__(self, device: str | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
+        context: multiprocessing.context.BaseContext
+        if os.environ.get("TRITON_INTERPRET") == "1":  # which triton reads as it is loaded
+            context = multiprocessing.get_context("spawn")
+        else:
+            server.start()
+            context = server.context()
         self.device = device  # as CUDA_VISIBLE_DEVICES calls it; None: what this process sees
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, device), name="patune-measure", daemon=True)

@@ -1,5 +1,7 @@
 """Real compiles for sm_90 in real processes, on a machine that needs no GPU."""
 
+import multiprocessing
+
 import pytest
 
 from patune.tuner import compile as compiling
@@ -83,7 +85,7 @@ def test_close_ends_busy_children():
     """Closing does not wait for compiles, and no process stays behind."""
     pool = CompilePool("9.0", workers=2, timeout_s=60)
     pool.submit(KEY, WORKLOAD, [config(block, templates.HANGS_COMPILER) for block in (16, 32, 64)])
-    children = lambda: [c for c in compiling.multiprocessing.active_children() if c.name == "patune-compile"]
+    children = lambda: [c for c in multiprocessing.active_children() if c.name == "patune-compile"]
     before = len(children())
     pool.close()
     assert len(children()) <= before
