@@ -1,13 +1,16 @@
 """Whether two tunings of one GPU agree: the same config, or times within 1%, on at least 95% of the workloads.
 
     python tools/agreement.py FIRST.json SECOND.json    two documents of `patune run --json`, each with a --db of its own
+    python tools/agreement.py --race FIRST SECOND       where their configs differ, by a race of both on the GPU that is here
     python tools/agreement.py LANDSCAPE.json.gz         two searches of a landscape, whose recorded noise is drawn anew
 
 A workload counts once for each template that can run it: which one a call takes follows from both. Prints what differs; exit
 status 1 if less agree.
 """
 
+import contextlib
 import json
+import math
 import random
 import sys
 import tempfile
@@ -20,10 +23,11 @@ from patune.cachedb.trial import Trial
 from patune.kernels.registry import template
 from patune.tuner.events import Finished
 from patune.tuner.fleet import Threads
+from patune.tuner.gpu import GpuRunner
 from patune.tuner.replay import ReplayRunner
 from patune.tuner.runner import ROUNDS, Race
 from patune.tuner.session import Items, tune
-from patune.tuner.task import Item
+from patune.tuner.task import FINAL_ROUNDS, Item
 from patune.workload import Key, Workload
 
 WITHIN = 0.01
@@ -70,6 +74,18 @@ def read(path: Path) -> Found:
     }
 
 
+def raced(first: Found, second: Found) -> tuple[Found, Found]:
+    """The same, with times of one race where the configs differ: the clock of a GPU is not the same in two runs."""
+    first, second = dict(first), dict(second)
+    with contextlib.closing(GpuRunner()) as runner:
+        for at in sorted(first.keys() & second.keys()):
+            (one, _), (other, _) = first[at], second[at]
+            if one != other:
+                race = runner.measure(*at, [other], one, FINAL_ROUNDS)
+                first[at], second[at] = (one, race.reference.us or math.inf), (other, race.trials[0].us or math.inf)
+    return first, second
+
+
 def disagreements(first: Found, second: Found) -> list[str]:
     """A line for every workload whose configs differ by more than WITHIN, or that only one of them has."""
     lines = [f"{key.kernel} {workload}: only in one" for key, workload in first.keys() ^ second.keys()]
@@ -81,9 +97,11 @@ def disagreements(first: Found, second: Found) -> list[str]:
 
 
 def main() -> None:
-    paths = [Path(arg) for arg in sys.argv[1:]]
+    paths = [Path(arg) for arg in sys.argv[1:] if arg != "--race"]
     if len(paths) == 2:
         first, second = map(read, paths)
+        if "--race" in sys.argv:
+            first, second = raced(first, second)
     else:
         recorded = landscape.load(paths[0])
         first, second = (searched(recorded, recorded.keys(), seed) for seed in (1, 2))

@@ -7,9 +7,9 @@ fastest, for every new value of its key, which is the workload; the rules of the
 kernel, but a call may be more than one (the two stages of a decode), so what it wraps here makes all the launches of a call:
 to time stage 1 alone would hide what splits cost. They are prepared once a config, not once a launch.
 
-The whole of it takes long, so it gets SECONDS; workloads of few configs come first, so that many are finished. What the rest
-would take is estimated from what was measured, under "extrapolated" in OUT and nowhere else. The winners of finished workloads
-are raced against patune's as patune measures.
+The whole of it takes long, so it gets SECONDS, each template an equal part; workloads of few configs come first, so that many are
+finished. What the rest would take is estimated from what was measured, under "extrapolated" in OUT and nowhere else. The winners
+of finished workloads are raced against patune's as patune measures.
 """
 
 import argparse
@@ -128,16 +128,16 @@ def tune(plan: dict[Key, list[Workload]], seconds: float) -> Tuning:
     began = time.monotonic()
     calls = {key: Call(key, device="cuda", ends=began + seconds) for key in plan}
     tuners = {key: autotuned(calls[key], workloads) for key, workloads in plan.items()}
-    size = lambda at: len(valid_points(calls[at[0]].template, *at))
     winners: dict[tuple[Key, Workload], Values] = {}
-    try:
-        for key, workload in sorted(((key, w) for key, workloads in plan.items() for w in workloads), key=size):
-            calls[key].problem(workload)  # the tensors are the user's, not part of tuning
-            tuners[key][None](workload)
-            winners[key, workload] = _values(tuners[key].best_config, calls[key].template)
-            print(f"triton.autotune: {key.kernel} {workload}, {time.monotonic() - began:.0f} s", flush=True)
-    except TimeIsUp:
-        pass
+    for turn, (key, workloads) in enumerate(plan.items(), start=1):
+        call = calls[key]
+        call.ends = began + seconds * turn / len(plan)
+        with contextlib.suppress(TimeIsUp):
+            for workload in sorted(workloads, key=lambda workload: len(valid_points(call.template, key, workload))):
+                call.problem(workload)  # the tensors are the user's, not part of tuning
+                tuners[key][None](workload)
+                winners[key, workload] = _values(tuners[key].best_config, call.template)
+                print(f"triton.autotune: {key.kernel} {workload}, {time.monotonic() - began:.0f} s", flush=True)
     return Tuning(time.monotonic() - began, list(calls.values()), winners)
 
 

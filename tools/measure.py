@@ -29,7 +29,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "--db"]
     run = [*tune, str(out / "run.db")]
     race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
-    agreement = [sys.executable, str(ROOT / "tools/agreement.py"), str(out / "run.json"), str(out / "run-other.json")]
+    agreement = [sys.executable, str(ROOT / "tools/agreement.py"), "--race", str(out / "run.json"), str(out / "run-other.json")]
     autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
     mixed = [sys.executable, str(ROOT / "tools/mixed.py"), str(out / "mixed.json")]
     # -v: a run that is cut short has named what failed

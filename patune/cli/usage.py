@@ -16,42 +16,29 @@ def has_driver() -> bool:
 
 def busy_gpus() -> dict[int, str]:
     """Index, as torch counts -> what it is busy with; empty where the driver does not tell."""
-    asked = _ask()
-    if asked is None:
-        return {}
-    import torch  # takes longer than the answer
-
-    used = _used(asked)
+    used = _used()
     if any(percent >= BUSY_PERCENT for percent, _ in used.values()):
         time.sleep(SECOND_LOOK_S)
-        again = _used(_ask())
+        again = _used()
         used = {uuid: (min(percent, again.get(uuid, (0, 0))[0]), mib) for uuid, (percent, mib) in used.items()}
+    if not used:
+        return {}
+    import torch
+
     busy = {}
-    for index in range(torch.cuda.device_count()) if used else ():
+    for index in range(torch.cuda.device_count()):
         percent, mib = used.get(str(torch.cuda.get_device_properties(index).uuid), (0, 0))
         if percent >= BUSY_PERCENT or mib >= BUSY_MIB:
             busy[index] = f"{percent}% in use, {mib / 1024:.1f} GiB of its memory taken"
     return busy
 
 
-def _ask() -> subprocess.Popen | None:
-    command = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+def _used() -> dict[str, tuple[int, int]]:
+    """UUID -> percent of the time with a kernel running, and MiB in use."""
+    query = ["nvidia-smi", "--query-gpu=uuid,utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        return None
-
-
-def _used(asked: subprocess.Popen | None) -> dict[str, tuple[int, int]]:
-    """UUID -> percent of the time with a kernel running, and MiB in use; empty if that is not what was answered."""
-    if asked is None:
-        return {}
-    try:
-        lines = asked.communicate(timeout=30)[0].splitlines()
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
         rows = [line.split(", ") for line in lines]
         return {uuid.removeprefix("GPU-"): (int(percent), int(mib)) for uuid, percent, mib in rows}
-    except subprocess.TimeoutExpired:
-        asked.kill()
-        return {}
-    except ValueError:  # [N/A], or an error in words
+    except (OSError, subprocess.SubprocessError, ValueError):  # no driver, or one that answers [N/A]
         return {}

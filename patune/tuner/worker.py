@@ -8,6 +8,7 @@ which config was running when the reports end:
 
 import functools
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..cachedb.trial import Environment
-from ..kernels.template import Problem, Values
+from ..kernels.template import Launch, Problem, Values
 from ..workload import Key, Workload
 from . import timing
 from .compile import summary
 
 REFERENCE = 0  # the index of the config that is timed in every round
+SAMPLE_US = 100.0  # at least. Those of append took 10 to 16 us, over before the next one was launched: 5 to 30% of noise
 LONG_FLOPS = 1e12  # of a call that takes a millisecond or more on any GPU: a sample is of one call, not of one with every set
 
 
@@ -52,6 +54,7 @@ class _Bench:
         self.clock, self.pipe = clock, pipe
         self.problem: Problem | None = None
         self.of: tuple[Key, Workload] | None = None  # what the problem is of
+        self.repeats: int | None = None  # of all its sets in a sample; None until a config of it was right
 
     def measure(self, key: Key, workload: Workload, configs: Mapping[int, Values], rounds: int) -> None:
         try:
@@ -68,7 +71,7 @@ class _Bench:
                 replays[i] = right
         beat = functools.partial(self.pipe.send, ("racing",))
         beat()
-        calls = 1 if problem.flops >= LONG_FLOPS else problem.sets
+        calls = 1 if problem.flops >= LONG_FLOPS else problem.sets * (self.repeats or 1)
         samples = timing.race(self.clock, replays, calls, rounds, keep=REFERENCE, beat=beat)
         self.pipe.send(("raced", samples))
 
@@ -77,7 +80,7 @@ class _Bench:
         if self.problem is None or self.of != (key, workload):
             from ..kernels.registry import template
 
-            self.problem = self.of = None
+            self.problem = self.of = self.repeats = None
             _free(self.clock)
             self.problem = template(key.kernel).problem(key, workload, device=self.clock.device)
             self.clock.synchronize()
@@ -101,13 +104,21 @@ class _Bench:
             later = [launch for launches in others for launch in launches]
             for launch in later:  # a set that specialises differently must not compile under capture
                 launch.run()
-            together = [first, *others] if problem.flops >= LONG_FLOPS else [[*first, *later]]
+            every = [*first, *later]
+            together = [first, *others] if problem.flops >= LONG_FLOPS else [every * self._repeats(every)]
             replays = [self.clock.capture([launch.run for launch in launches]) for launches in together]
         except Exception as failure:  # noqa: BLE001  whatever it is, it is the outcome
             self._report_failure(i, failure, error)
             return None
         self.pipe.send(("checked", i, "ok", error, ""))
         return replays
+
+    def _repeats(self, every: list[Launch]) -> int:
+        """How often a sample makes the launches of all sets, the same for all configs: as often as makes it SAMPLE_US long."""
+        if self.repeats is None:
+            once = self.clock.capture([launch.run for launch in every])
+            self.repeats = math.ceil(SAMPLE_US / min(SAMPLE_US, *self.clock.lap(once, [once] * 3)))
+        return self.repeats
 
     def _report_failure(self, i: int, failure: Exception, error: float | None) -> None:
         """Tell what failed. If the GPU is no longer usable, tell that and end."""

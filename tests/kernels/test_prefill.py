@@ -16,7 +16,6 @@ TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
 @example(Case((0, 3, 0), (0, 40, 5)), 16)  # sequences without new tokens
 @example(Case((40, 1), (40, 90), window=7), 16)  # first tiles fully outside the window
 @example(Case((70, 66), (70, 130), head_dim=16), 32)  # more than one query block
-@example(Case((20, 1), (20, 90), head_dim=512), 32)  # the largest head
 def test_prefill_equals_the_reference_for_any_shape_layout_and_feature(case, block_n):
     check_prefill(case, DEVICE, **(TILES | {"BLOCK_N": block_n}))
 
@@ -34,10 +33,11 @@ def test_a_larger_max_q_len_changes_nothing(device):
     assert torch.equal(call(70), call(1000))
 
 
-def test_the_narrow_tiles_of_head_dim_512_equal_the_reference(device):
-    for rows, keys in ((16, 16), (16, 32), (32, 16)):
+def test_the_tiles_of_head_dim_512_equal_the_reference(device):
+    """In bf16 also the ones that wgmma takes; in fp32 those need more shared memory than a GPU has."""
+    for rows, keys, dtype in ((16, 16, "float32"), (16, 32, "float32"), (32, 16, "float32"), (64, 32, "bfloat16")):
         tiles = dict(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=2)
-        check_prefill(Case((20, 1, 33), (20, 90, 40), kv_heads=1, head_dim=512), device, **tiles)
+        check_prefill(Case((20, 1, 70), (20, 90, 75), kv_heads=1, head_dim=512, dtype=dtype), device, **tiles)
 
 
 def test_more_sequences_than_one_counting_step_looks_at(device):
