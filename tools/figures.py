@@ -16,7 +16,7 @@ from transfer import Loss, losses, table_of
 
 from patune.cachedb import landscape
 from patune.cachedb.match import Table
-from patune.kernels.registry import template
+from patune.kernels.registry import NAMES, template
 from patune.workload import Workload
 
 ROOT = Path(__file__).parent.parent
@@ -27,10 +27,10 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 def race_table(mode: str, results: Path = RESULTS, cases: str | None = None) -> str:
     """The last races of a mode, or of other cases of it: microseconds of patune and of the best peer; nothing where none ran."""
-    files = sorted(results.glob(f"referee-{cases or mode}*.json"), reverse=True)
-    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
-    if not rows:
+    path = results / f"referee-{cases or mode}.json"
+    if not path.exists():
         return ""
+    rows = json.loads(path.read_text())["rows"]
     share = "of the streaming floor" if mode == "decode" else "TFLOP/s"
     lines = [f"| {mode} | patune µs | {share} | best peer µs | peer | speedup |", "|---|--:|--:|--:|---|--:|"]
     ratios = []
@@ -194,6 +194,7 @@ MEASURED = {  # step -> the templates whose times it has; one that came after th
     "referee-plain": ("prefill",),
     "referee-turns": ("prefill_hopper",),
     "mixed": ("append", "prefill_hopper", "decode_hopper"),
+    "autotune": NAMES,
 }
 
 

@@ -16,6 +16,7 @@ TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
 @example(Case((0, 3, 0), (0, 40, 5)), 16)  # sequences without new tokens
 @example(Case((40, 1), (40, 90), window=7), 16)  # first tiles fully outside the window
 @example(Case((70, 66), (70, 130), head_dim=16), 32)  # more than one query block
+@example(Case((20, 1), (20, 90), head_dim=512), 16)  # the largest head
 def test_prefill_equals_the_reference_for_any_shape_layout_and_feature(case, block_n):
     check_prefill(case, DEVICE, **(TILES | {"BLOCK_N": block_n}))
 
