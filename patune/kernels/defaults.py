@@ -49,9 +49,15 @@ def default_config(query: dict) -> dict:
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
-def packed_heads(q_heads_per_kv: int) -> int:
-    """Query heads of a KV head that share the items of prefill_hopper: as many as divide the 64 rows of a group, at most 16."""
-    return min(16, q_heads_per_kv & -q_heads_per_kv)
+def packed_heads(q_heads_per_kv: int, q_len: int) -> int:
+    """Rows that each token has in an item of prefill_hopper, one for a query head of the item's KV head; at most 16.
+
+    As many heads as divide 64 rows evenly. Or a row for all of them and more, which nobody needs, where that makes fewer items of
+    128 rows from q_len new tokens.
+    """
+    even, all_heads = min(16, q_heads_per_kv & -q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
+    items = lambda pack: -(-q_heads_per_kv // pack) * -(-q_len * pack // 128)
+    return all_heads if all_heads <= 16 and items(all_heads) < items(even) else even
 
 
 def parts(sizes: dict) -> int:
@@ -59,8 +65,8 @@ def parts(sizes: dict) -> int:
     kv_heads = (sizes["batch_size"] or 1) * (sizes["kv_heads"] or 8)
     if sizes["kernel"] != "prefill_hopper":
         return kv_heads
-    pack = packed_heads(sizes["q_heads_per_kv"])
-    return kv_heads * (sizes["q_heads_per_kv"] // pack) * -(-sizes["q_len"] * pack // 128)
+    pack = packed_heads(sizes["q_heads_per_kv"], sizes["q_len"])
+    return kv_heads * -(-sizes["q_heads_per_kv"] // pack) * -(-sizes["q_len"] * pack // 128)
 
 
 def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) -> int:

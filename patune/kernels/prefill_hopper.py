@@ -36,8 +36,8 @@ TUNABLES = {
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
     jit.page_ids, jit.inner_page_ids, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints, jit.rescale,
-    jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.store_rows, jit.row_layout, jit.tile_layout,
-    jit.prefill_attention_hopper, prefill_reduce,
+    jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.is_wanted, jit.store_rows, jit.row_layout,
+    jit.tile_layout, jit.prefill_attention_hopper, prefill_reduce,
 )  # fmt: skip
 
 
@@ -66,11 +66,11 @@ def launches(
     """The launches of one prefill that `serves` takes, the second one to join its splits; arguments as in prefill.launches."""
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     num_splits, group = config["num_splits"], q_heads // cache.kv_heads
-    pack = packed_heads(group)
+    pack = packed_heads(group, max_q_len)
     block = BLOCK_M // pack
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
-    items = blocks * (q_heads // pack) * num_splits
+    items = blocks * cache.kv_heads * ceil_div(group, pack) * num_splits
     attended, attended_lse = out, lse
     if num_splits > 1:
         attended = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)

@@ -7,10 +7,11 @@ O += P V with wgmma; P never leaves its registers. While one group is in its sof
 or IN_TURN by two named barriers), and within a group the softmax of a tile overlaps the P V of the tile before. Long runs are at
 the GPU's power limit, so an instruction saved pays twice: it leaves time, and a higher clock.
 
-A program takes many items, the longest ones of the whole batch first. An item is 128 query rows of one KV head: the rows of PACK of
-its query heads for each of TOKENS = 128 / PACK tokens, so that few new tokens a sequence fill it too. Its keys are walked from
-the diagonal down: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask. Where items are
-fewer than SMs, an item's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
+A program takes many items, the longest ones of the whole batch first. An item is 128 query rows of one KV head: PACK rows, of as
+many query heads, for each of TOKENS = 128 / PACK tokens, so that few new tokens a sequence fill it too. Where PACK is more than the
+GROUP of heads that the KV head has, the rest of a token's rows are of other heads and go nowhere. Keys are walked from the diagonal
+down: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask. Where items are fewer than
+SMs, an item's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
 
 Barriers. Every ring has `full` (TMA's bytes have landed) and `empty` (both groups have read it), each counted with one running
 number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Q is free when the item's last K is. Items go to
@@ -150,15 +151,16 @@ def get(records, slot, FIELD: gl.constexpr):
 @gluon.jit
 def find_items(
     items, batch, work, counters_ptr,
-    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, PACK: gl.constexpr, CAUSAL: gl.constexpr, DYNAMIC: gl.constexpr,
-    BLOCK_B: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
     """The finding warp: a record of every item of this program, then one without tiles."""
     records, item_full, item_empty = items
     qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
     q_heads, num_splits, all_tokens, stride_ot, stride_oh = work
     TOKENS: gl.constexpr = BLOCK_M // PACK
-    heads = q_heads // PACK
+    HEADS: gl.constexpr = PACK if PACK < GROUP else GROUP  # of an item
+    heads = q_heads // HEADS
     blocks, levels = blocks_above(-1, batch, PAGE_SIZE, PACK, BLOCK_B)
     level = levels - 1
     before = 0
@@ -177,7 +179,7 @@ def find_items(
             b, first_block, blocks_here, place, level, before = find_block(x, heads, level, before, batch, PAGE_SIZE, PACK, BLOCK_B)
         head = place // blocks_here  # a head's blocks of a level run side by side, and share its keys in L2
         block = first_block + place - head * blocks_here
-        head *= PACK
+        head *= HEADS
         q_start = gl.load(qo_indptr_ptr + b)
         q_len = gl.load(qo_indptr_ptr + b + 1) - q_start
         first_page = gl.load(kv_indptr_ptr + b)
@@ -452,7 +454,7 @@ def clear_tail(v, rows, GROUP_ID: gl.constexpr):
 @gluon.jit
 def consume(
     q, q_full, k_ring, v_ring, items, results,
-    CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, IN_TURN: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """A consumer group: 64 query rows of every item, PACK heads of each token."""
     k_tiles, k_full, k_empty = k_ring
@@ -546,10 +548,11 @@ def consume(
             l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
         factor = v_scale / gl.where(l == 0.0, 1.0, l)
         o = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID, PACK)
+        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID, PACK, GROUP)
         if HAS_LSE:
             lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
-            gl.store(lse_ptr + (token + rows // PACK).to(gl.int64) * q_heads + head + rows % PACK, lse, mask=rows // PACK < valid)
+            slots = (token + rows // PACK).to(gl.int64) * q_heads + head + rows % PACK
+            gl.store(lse_ptr + slots, lse, mask=is_wanted(rows, valid, PACK, GROUP))
 
         taken += 1
         mbarrier.wait(item_full.index(taken % 2), (taken // 2) & 1)
@@ -557,7 +560,18 @@ def consume(
 
 
 @gluon.jit
-def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr, PACK: gl.constexpr):
+def is_wanted(rows, valid, PACK: gl.constexpr, GROUP: gl.constexpr):
+    """Whether rows are of the item's `valid` tokens and of heads of its KV head."""
+    wanted = rows // PACK < valid
+    if PACK > GROUP:
+        wanted = wanted & (rows % PACK < GROUP)
+    return wanted
+
+
+@gluon.jit
+def store_rows(
+    out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr
+):
     """o to the item's rows of the output, 16 bytes a thread after an exchange within groups of four threads."""
     D: gl.constexpr = o.shape[1]
     layout: gl.constexpr = row_layout(D)
@@ -565,7 +579,7 @@ def store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: g
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, gl.SliceLayout(0, layout))
     offsets = (token + rows // PACK).to(gl.int64) * stride_ot + (head + rows % PACK) * stride_oh
-    gl.store(out_ptr + offsets[:, None] + columns[None, :], o, mask=(rows // PACK < valid)[:, None])
+    gl.store(out_ptr + offsets[:, None] + columns[None, :], o, mask=is_wanted(rows, valid, PACK, GROUP)[:, None])
 
 
 @gluon.constexpr_function
@@ -659,11 +673,11 @@ def prefill_attention_hopper(
     IS_V: gl.constexpr = False
     gl.warp_specialize(
         [
-            (consume, (q, q_full, k_ring, v_ring, items, results, CAUSAL, HAS_LSE, FIRST, IN_TURN)),
-            (consume, (q, q_full, k_ring, v_ring, items, results, CAUSAL, HAS_LSE, SECOND, IN_TURN)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, GROUP, CAUSAL, HAS_LSE, FIRST, IN_TURN)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, GROUP, CAUSAL, HAS_LSE, SECOND, IN_TURN)),
             (load_tiles, (k_desc, k_ring, k_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_K)),
             (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_V)),
-            (find_items, (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, PACK, CAUSAL, DYNAMIC, BLOCK_B)),
+            (find_items, (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, PACK, GROUP, CAUSAL, DYNAMIC, BLOCK_B)),
         ],
         [4, 1, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

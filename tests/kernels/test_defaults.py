@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from patune.cachedb import lookup
 from patune.kernels import prefill_hopper
 from patune.kernels.config import find, query_for
-from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits, parts
+from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits, packed_heads, parts
 
 
 def query(**changes):
@@ -53,6 +53,17 @@ def test_a_prefill_is_split_where_its_items_leave_sms_idle(batch_size, q_len, pr
     assert items >= batch_size * 8 * q_len * group / 128
     assert splits == 1 or (splits * items <= 132 and splits * 512 <= prefix + q_len)
     assert splits == 16 or 2 * splits * items > 132 or 2 * splits * 512 > prefix + q_len
+
+
+@given(st.integers(1, 40), st.integers(1, 5000))
+def test_rows_of_no_head_only_where_they_make_fewer_items(group, q_len):
+    """Rows of a token are a power of two, which a box of TMA can bring; never more items than with heads that fill their rows."""
+    pack = packed_heads(group, q_len)
+    assert pack in (1, 2, 4, 8, 16)
+    items = lambda pack: -(-group // pack) * -(-q_len * pack // 128)
+    divisors = [n for n in (1, 2, 4, 8, 16) if group % n == 0]
+    assert items(pack) <= min(map(items, divisors))
+    assert group % pack == 0 or (pack > group and items(pack) < min(map(items, divisors)))
 
 
 @given(st.sampled_from((1, 2, 4, 8)), st.sampled_from((64, 128, 512)))
