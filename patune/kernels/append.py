@@ -7,9 +7,11 @@ one whose position lies past its sequence's page list: append never writes into 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..workload import Key, Workload
 from .defaults import default_config, query_of
+from .device import supports_pdl
 from .problem import AppendProblem
 from .sizes import MAX_GRID_Y, ceil_div, next_power_of_2
 from .template import Launch, Template, Values
@@ -35,10 +37,13 @@ def append_kv(
     k_scale_ptr, v_scale_ptr, k_scale, v_scale, num_tokens,
     stride_kt, stride_kh, stride_kd, stride_vt, stride_vh, stride_vd,
     stride_kcp, stride_kch, stride_kct, stride_vcp, stride_vch, stride_vct,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LIMIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv_heads, token blocks)."""
+    if PDL:
+        gdc_wait()  # for whatever ran before
+        gdc_launch_dependents()  # attention, which comes next, begins beside this and waits before it reads
     head = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_d = tl.arange(0, BLOCK_D)
@@ -88,8 +93,9 @@ def launches(
         stride_vt=v.stride(0), stride_vh=v.stride(1), stride_vd=v.stride(2),
         stride_kcp=cache.k_strides[0], stride_kch=cache.k_strides[1], stride_kct=cache.k_strides[2],
         stride_vcp=cache.v_strides[0], stride_vch=cache.v_strides[1], stride_vct=cache.v_strides[2],
-        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, LIMIT=limit,
+        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, LIMIT=limit, PDL=supports_pdl(),
         BLOCK_T=config["BLOCK_T"], BLOCK_D=next_power_of_2(head_dim), num_warps=config["num_warps"],
+        **({"launch_pdl": True} if supports_pdl() else {}),
     )) for part in parts]  # fmt: skip
 
 
