@@ -346,7 +346,7 @@ def _values(template: Template, config: Values | None) -> list[int] | None:
         raise bad("config", f"unknown tunable {', '.join(sorted(unknown))}; {template.name} has {', '.join(template.tunables)}")
     if missing:
         raise bad("config", f"lacks {', '.join(sorted(missing))}")
-    wrong = [name for name in template.tunables if config[name] < 1]
-    if wrong:
-        raise bad("config", f"{', '.join(wrong)} must be at least 1")
+    for name, values in template.tunables.items():
+        if config[name] < (least := min(1, *values)):
+            raise bad("config", f"{name} must be at least {least}")
     return [int(config[name]) for name in template.tunables]

@@ -30,7 +30,7 @@ def default_config(query: dict) -> dict:
         # Behind the best of an H100's landscape, geometric mean: 12% (d64), 11 and 17% (d128, pages of 16 and 64), 24% (d256).
         # A third stage, or 128 rows at d256, would make that 1 to 6%, but needs more shared memory than every GPU has.
         warps = 8 if huge or query["q_dtype"] == "float32" else 4
-        return {"BLOCK_M": 32 if huge else 64, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2}
+        return {"BLOCK_M": 32 if huge else 64, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
     if query["kernel"] == "decode_hopper":
         # A program an SM, clusters where they leave a third of the SMs busy: 1.3% (d64), 1.5% (d128), 0.2% (d256) and, with an fp8
         # cache, 2.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.

@@ -2,8 +2,8 @@
 
 One program takes BLOCK_M query tokens of one head and walks the sequence's keys, BLOCK_N at a time, gathered through
 the page table. Query blocks of a ragged batch form one list, cut on the device, so padding costs no program beyond
-one early exit; within a sequence the last block, which has the most keys, goes first. Tiles that every row sees in full
-skip all masking; only the diagonal (and a window's left edge) pays for it.
+one early exit; within a sequence the last block, which has the most keys, goes first. One loop takes all tiles, and only those
+on the diagonal (and on a window's left edge) pay for hiding logits.
 """
 
 import triton
@@ -11,12 +11,10 @@ import triton.language as tl
 
 from ..workload import Key, Workload
 from .defaults import default_config, query_of
-from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length
+from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
 from .sizes import MAX_GRID_Y, ceil_div, exceeds_registers, next_power_of_2
 from .template import Launch, Template, Values
-
-SLACK = tl.constexpr(8.0)  # in base 2: how far a row's maximum may outgrow what its exponents are taken against
 
 
 @triton.jit
@@ -39,8 +37,13 @@ def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: 
 
 @triton.jit
 def page_ids(page_ids_ptr, start, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each token of the KV tile at token `start`, 0 for those past the sequence's `pages`. [BLOCK_N]"""
-    if BLOCK_N % PAGE_SIZE == 0:  # then so is start: one address, and constants to add to it
+    """The page of each token of the KV tile at token `start`, 0 for those past the sequence's `pages`. [BLOCK_N]
+
+    A scalar where a page holds whole tiles.
+    """
+    if PAGE_SIZE % BLOCK_N == 0:
+        page = start // PAGE_SIZE
+    elif BLOCK_N % PAGE_SIZE == 0:  # then so is start: one address, and constants to add to it
         page = start // PAGE_SIZE + tl.arange(0, BLOCK_N) // PAGE_SIZE
     else:
         page = (start + tl.arange(0, BLOCK_N)) // PAGE_SIZE
@@ -49,68 +52,52 @@ def page_ids(page_ids_ptr, start, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def load_tile(
-    ptr, page, start, end, stride_p, stride_t,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ptr, page, start, end, stride_p, STRIDE_T: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """K or V of the tile at token `start` on the pages `page`. With MASKED, 0 for tokens >= end. [BLOCK_N, BLOCK_D]"""
+    """K or V of the tile at token `start` on the pages `page`, 0 for tokens >= end. [BLOCK_N, BLOCK_D]"""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    if BLOCK_N % PAGE_SIZE == 0:
-        row = offs_n % PAGE_SIZE
+    # Page ids without a sign, and what does not change from tile to tile first: a row's address is 4 instructions then, not 16.
+    offset = page.to(tl.uint32).to(tl.int64) * stride_p
+    if PAGE_SIZE % BLOCK_N == 0:
+        ptrs = (ptr + offset + (start % PAGE_SIZE) * STRIDE_T) + (offs_n * STRIDE_T)[:, None] + offs_d[None, :]
+    elif BLOCK_N % PAGE_SIZE == 0:
+        ptrs = (ptr + (offs_n % PAGE_SIZE * STRIDE_T)[:, None] + offs_d[None, :]) + offset[:, None]
     else:
-        row = (start + offs_n) % PAGE_SIZE
-    # What does not change from tile to tile first, and page ids without a sign: a row's address is 4 instructions then, not 16.
-    ptrs = (ptr + (row * stride_t)[:, None] + offs_d[None, :]) + (page.to(tl.uint32).to(tl.int64) * stride_p)[:, None]
-    if MASKED:
-        return tl.load(ptrs, mask=(start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-    elif BLOCK_D == HEAD_DIM:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def lazy_softmax_step(s, scale, m, l, acc):
-    """softmax_step whose m follows a row's maximum only where that has outgrown it by SLACK, so that acc is rarely rescaled.
-
-    Weights reach 2 ** SLACK, which fp16 holds; p, l and acc are as exact.
-    """
-    top = tl.max(s, 1) * scale
-    m_new = tl.where(top > m + SLACK, top, m)
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * scale - shift[:, None])
-    alpha = tl.exp2(m - shift)
-    # Before the branch: after it, p is kept for longer, and 128 rows by 64 keys spill twice as much in their loop.
-    l = l * alpha + tl.sum(p, 1)
-    if tl.max((m_new > m).to(tl.int32), 0) > 0:
-        acc = acc * alpha[:, None]
-    return p, m_new, l, acc
+        ptrs = (ptr + ((start + offs_n) % PAGE_SIZE * STRIDE_T)[:, None] + offs_d[None, :]) + offset[:, None]
+    mask = (start + offs_n < end)[:, None]
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
 def attend(
-    q, m, l, acc, k_ptr, v_ptr, page, start, end, last_key, qk_scale, exponent, soft_cap, window,
-    stride_kp, stride_kt, stride_vp, stride_vt,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, m, l, acc, k_ptr, v_ptr, page, start, end, inner_start, inner_end, last_key, qk_scale, exponent, soft_cap, window,
+    stride_kp, stride_vp, STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The KV tile at token `start` on the pages `page`. Returns m, l, acc.
 
-    With MASKED, keys >= end, keys after a row's last key and keys before its window are hidden, and neither K nor V is read from
-    `end` on, so stale NaN never meets a weight of 0.
+    Neither K nor V is read from `end` on, so stale NaN never meets a weight of 0. Outside of [inner_start, inner_end), keys >= end,
+    keys after a row's last key and keys before its window are hidden.
     """
-    k = load_tile(k_ptr, page, start, end, stride_kp, stride_kt, HEAD_DIM, PAGE_SIZE, MASKED, BLOCK_N, BLOCK_D)
+    k = load_tile(k_ptr, page, start, end, stride_kp, STRIDE_KT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
     s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if HAS_SOFT_CAP:
         s = cap_logits(s * qk_scale, soft_cap)
-    if MASKED:
+    # A branch, where a second loop would have to fill its pipeline anew: 3 to 7% of short prompts on an H100.
+    if (start < inner_start) | (start >= inner_end):
         keys = start + tl.arange(0, BLOCK_N)
         visible = (keys < end)[None, :] & (keys[None, :] <= last_key[:, None])
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > last_key[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-    p, m, l, acc = lazy_softmax_step(s, exponent, m, l, acc)
-    v = load_tile(v_ptr, page, start, end, stride_vp, stride_vt, HEAD_DIM, PAGE_SIZE, MASKED, BLOCK_N, BLOCK_D)
+    # Rescaled always: whether any row needs it is known only after all warps have waited for each other, which costs more.
+    p, m, l, acc = softmax_step(s, exponent, m, l, acc)
+    v = load_tile(v_ptr, page, start, end, stride_vp, STRIDE_VT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
     return m, l, dot(p.to(q.dtype), v.to(q.dtype), acc)
 
 
@@ -122,8 +109,8 @@ def prefill_attention(
     q_ptr, k_ptr, v_ptr, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
     sinks_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr,
     sm_scale, v_scale, soft_cap, window, batch_size,
-    stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_kt, stride_vp, stride_vh, stride_vt,
-    stride_ot, stride_oh, stride_od,
+    stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_vp, stride_vh, stride_ot, stride_oh, stride_od,
+    STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -159,18 +146,19 @@ def prefill_attention(
     if HAS_SOFT_CAP:
         exponent = LOG2E
 
+    first_last_key = kv_len - q_len + block * BLOCK_M  # the last key that the block's first row sees; bottom-right aligned
+    last_key = tl.zeros([BLOCK_M], tl.int32) + (kv_len - 1)
+    end = kv_len
+    inner_end = kv_len // BLOCK_N * BLOCK_N
     if CAUSAL:
-        last_key = kv_len - q_len + rows  # bottom-right aligned
-        end = tl.minimum(kv_len, kv_len - q_len + (block + 1) * BLOCK_M)
-        full_end = tl.maximum(kv_len - q_len + block * BLOCK_M + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        last_key = tl.zeros([BLOCK_M], tl.int32) + (kv_len - 1)
-        end = kv_len
-        full_end = kv_len // BLOCK_N * BLOCK_N
+        last_key = kv_len - q_len + rows
+        end = tl.minimum(kv_len, first_last_key + BLOCK_M)
+        inner_end = tl.maximum(first_last_key + 1, 0) // BLOCK_N * BLOCK_N
     start = 0
-    if HAS_WINDOW:  # every tile is masked: a window is short, and its left edge crosses most of them
-        start = tl.maximum(kv_len - q_len + block * BLOCK_M + 1 - window, 0) // BLOCK_N * BLOCK_N
-        full_end = start
+    inner_start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(first_last_key + 1 - window, 0) // BLOCK_N * BLOCK_N
+        inner_start = first_last_key + BLOCK_M - window
 
     kv_head = (head // GROUP).to(tl.int64)
     k_ptr += kv_head * stride_kh
@@ -181,20 +169,13 @@ def prefill_attention(
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     page = page_ids(page_ids_ptr, start, pages, PAGE_SIZE, BLOCK_N)
-    for n in range(start, full_end, BLOCK_N):
+    for n in range(start, end, BLOCK_N):
         m, l, acc = attend(
-            q, m, l, acc, k_ptr, v_ptr, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
-            stride_kp, stride_kt, stride_vp, stride_vt,
-            HEAD_DIM, PAGE_SIZE, False, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
+            q, m, l, acc, k_ptr, v_ptr, page, n, end, inner_start, inner_end, last_key, qk_scale, exponent, soft_cap, window,
+            stride_kp, stride_vp, STRIDE_KT, STRIDE_VT,
+            HEAD_DIM, PAGE_SIZE, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         page = page_ids(page_ids_ptr, n + BLOCK_N, pages, PAGE_SIZE, BLOCK_N)  # a whole tile ahead of the loads that need them
-    for n in range(full_end, end, BLOCK_N):
-        page = page_ids(page_ids_ptr, n, pages, PAGE_SIZE, BLOCK_N)
-        m, l, acc = attend(
-            q, m, l, acc, k_ptr, v_ptr, page, n, end, last_key, qk_scale, exponent, soft_cap, window,
-            stride_kp, stride_kt, stride_vp, stride_vt,
-            HEAD_DIM, PAGE_SIZE, True, HAS_WINDOW, HAS_SOFT_CAP, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
 
     if sinks_ptr is not None:
         m, l, alpha = add_sink(tl.load(sinks_ptr + head).to(tl.float32), m, l)
@@ -202,7 +183,7 @@ def prefill_attention(
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
     o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    # The rows anew, counted from the block's first token: those of q would take registers all the way through the loops.
+    # The rows anew, counted from the block's first token: those of q would take registers all the way through the loop.
     rows = tl.arange(0, BLOCK_M)
     first_token = (q_start + block * BLOCK_M).to(tl.int64)
     row_mask = rows < q_len - block * BLOCK_M
@@ -218,9 +199,10 @@ TUNABLES = {
     "BLOCK_N": (16, 32, 64, 128),  # KV tokens a tile
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
+    "maxnreg": (0, 128),  # registers a thread; 0 lets ptxas choose, 128 lets an SM hold two programs of 8 warps
 }
 JIT_FUNCTIONS = (
-    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, lazy_softmax_step, attend, prefill_attention
+    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, softmax_step, attend, prefill_attention
 )  # fmt: skip
 BLOCK_B = 128  # sequences looked at together when query blocks are counted
 
@@ -242,24 +224,30 @@ def launches(
         out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, soft_cap=soft_cap or 0.0, window=window or 0,
         batch_size=batch_size,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
-        stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], stride_kt=cache.k_strides[2],
-        stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], stride_vt=cache.v_strides[2],
+        stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], STRIDE_KT=cache.k_strides[2],
+        stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], STRIDE_VT=cache.v_strides[2],
         stride_ot=out.stride(0), stride_oh=out.stride(1), stride_od=out.stride(2),
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
         BLOCK_M=block_m, BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
+        **({"maxnreg": config["maxnreg"]} if config["maxnreg"] else {}),
     ))]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or its rows do not fill its warps."""
-    block_m, block_n, warps, stages = (config[name] for name in TUNABLES)
+    block_m, block_n, warps, stages, maxnreg = (config[name] for name in TUNABLES)
     row_bytes = max(16, next_power_of_2(key.head_dim)) * 2
     huge = key.head_dim > 256
     q_rows = block_m if huge and block_m >= 64 else 0  # elsewhere q may live in registers
     if (q_rows + 2 * stages * block_n) * row_bytes > 227 * 1024:
         return "tiles in flight exceed shared memory"
+    values = block_m * (row_bytes // 2 + block_n) // (32 * warps)  # of the accumulator and a tile's logits, a thread
+    if maxnreg and (warps < 8 or (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 // 2):
+        return "no second program would fit an SM"
+    if maxnreg and not 64 < values <= 96:
+        return "a bound on registers that is idle, or that spills"
     if not huge and (block_m < 64 or block_n < 32):
         return "too few rows for wgmma, or too few keys"
     if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):
