@@ -1,7 +1,7 @@
 """Where each new token goes: its sequence and its position. No host sync.
 
-In plain torch for who asks, so that a compiler sees through it; in one kernel for a mixed batch, where torch's many small ones
-would take longer than the append that they serve.
+In plain torch for who asks, so that a compiler sees through it; for a mixed batch inside of its append, where torch's many small
+kernels would take longer than the append that they serve.
 """
 
 import torch
@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 
 from .primitives import kv_length
-from .sizes import ceil_div
-from .template import Launch
 
 
 def get_batch_indices_positions(
@@ -38,38 +36,19 @@ def get_batch_indices_positions(
     return b.masked_fill(padding, -1), position.to(torch.int32).masked_fill(padding, -1)
 
 
-@triton.jit(
-    do_not_specialize=["batch_size", "num_tokens"],
-    do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr", "batch_indices_ptr", "positions_ptr"],
-)
-def place_tokens(
-    qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_indices_ptr, positions_ptr, batch_size, num_tokens,
+@triton.jit
+def place(
+    tokens, num_tokens, qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size,
     PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (token blocks,)."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """get_batch_indices_positions of `tokens` [BLOCK_T], for the sequences of a page table; -1 for padding too."""
     b = tl.zeros([BLOCK_T], tl.int32)  # the sequences that end before a token
     for start in range(0, batch_size, BLOCK_B):
         offs = start + tl.arange(0, BLOCK_B)
         inside = offs < batch_size
         ends = tl.load(qo_indptr_ptr + 1 + offs, mask=inside, other=0)
         b += tl.sum((inside[None, :] & (ends[None, :] <= tokens[:, None])).to(tl.int32), 1)
-    mask = tokens < num_tokens
-    owned = mask & (b < batch_size)
+    owned = (tokens < num_tokens) & (b < batch_size)
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, owned, PAGE_SIZE)
     position = kv_len - tl.load(qo_indptr_ptr + 1 + b, mask=owned, other=0) + tokens
-    tl.store(batch_indices_ptr + tokens, tl.where(owned, b, -1), mask=mask)
-    tl.store(positions_ptr + tokens, tl.where(owned, position, -1), mask=mask)
-
-
-BLOCK_T, BLOCK_B = 32, 128  # tokens a program; sequences looked at together
-
-
-def place_launch(qo_indptr, kv_indptr, kv_last_page_len, batch_indices, positions, page_size: int) -> Launch:
-    """The launch that gives get_batch_indices_positions for the sequences of a page table, written to [num_tokens] int32 each."""
-    tokens = positions.shape[0]
-    return Launch(place_tokens, (ceil_div(tokens, BLOCK_T),), dict(
-        qo_indptr_ptr=qo_indptr, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
-        batch_indices_ptr=batch_indices, positions_ptr=positions, batch_size=kv_indptr.shape[0] - 1, num_tokens=tokens,
-        PAGE_SIZE=page_size, BLOCK_T=BLOCK_T, BLOCK_B=BLOCK_B, num_warps=4,
-    ))  # fmt: skip
+    return tl.where(owned, b, -1), tl.where(owned, position, -1)

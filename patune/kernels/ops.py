@@ -15,7 +15,6 @@ from .cache import paged_cache
 from .config import find, find_either
 from .defaults import without_cluster
 from .device import device_of
-from .indices import place_launch
 from .template import Launch, Template, Values
 
 _library = torch.library.Library("patune", "DEF")
@@ -172,7 +171,7 @@ def _paged_prefill(q, *arguments, **options):
 
 
 def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
-            k_factor, v_factor, config):  # fmt: skip
+            k_factor, v_factor, config, **last_tokens):  # fmt: skip
     batch_size = kv_indptr.shape[0] - 1
     if k.shape[0] == 0 or batch_size == 0:
         return
@@ -181,7 +180,7 @@ def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_in
     values = _config(append.TEMPLATE, config, k, cache, batch_size=batch_size, kv_len=kv_len, q_len=k.shape[0] // batch_size)
     run(append.launches(
         k, v, batch_indices, positions, cache, kv_indices, kv_indptr, values,
-        k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor,
+        k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor, **last_tokens,
     ), k)  # fmt: skip
 
 
@@ -191,11 +190,9 @@ def _paged_attention_with_cache(
     k_factor, v_factor,
 ):  # fmt: skip
     page_size, tokens = kv_cache.shape[-2 if kv_layout == "HND" else -3], q.shape[0]
-    if batch_indices is None and tokens and num_prefill + num_decode:
-        batch_indices, positions = q.new_empty((2, tokens), dtype=torch.int32)
-        run([place_launch(qo_indptr, kv_indptr, kv_last_page_len, batch_indices, positions, page_size)], q)
+    last_tokens = dict(qo_indptr=qo_indptr, kv_last_page_len=kv_last_page_len) if positions is None else {}
     _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
-            k_factor, v_factor, None)  # fmt: skip
+            k_factor, v_factor, None, **last_tokens)  # fmt: skip
     out = q.new_empty(q.shape)
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
     options = (window, soft_cap, sinks, k_scale, v_scale, v_factor)

@@ -156,7 +156,7 @@ def test_one_captured_mixed_step_is_right_for_any_lengths_up_to_its_bounds():
         assert torch.equal(b.kv_cache[last_page, 0, :, int(b.kv_last_page_len[0]) - 1], k[199])
 
 
-def test_a_mixed_step_runs_the_kernels_of_its_parts_and_one_that_places_its_tokens():
+def test_a_mixed_step_runs_the_kernels_of_its_parts_and_nothing_else():
     """A small kernel costs a graph more than a microsecond."""
     b = Buffers(Real((4096, 4096, 4096), (200, 1, 1)))  # all alike: the step knows the lengths' mean alone, and takes these configs
     k = torch.ones(202, 8, 128, device="cuda", dtype=torch.bfloat16)
@@ -181,7 +181,7 @@ def test_a_mixed_step_runs_the_kernels_of_its_parts_and_one_that_places_its_toke
             call()
             torch.cuda.synchronize()
         ran.append(Counter(event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA))
-    assert ran[1] - ran[0] == {"place_tokens": 1} and not ran[0] - ran[1]
+    assert ran[1] == ran[0]
 
 
 def test_a_captured_append_writes_where_its_tensors_say():

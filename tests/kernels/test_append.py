@@ -83,5 +83,5 @@ def test_more_tokens_than_a_grid_has_programs_are_appended_in_parts():
     cache = paged_cache(torch.empty(10, 2, 2, 16, 16, device="meta"), None, "HND")
     launches = append.launches(k, k, where, where, cache, where, where, dict(BLOCK_T=1, num_warps=1))
     assert [launch.grid for launch in launches] == [(2, 65535), (2, 65535), (2, 150_000 - 2 * 65535)]
-    assert [launch.args["num_tokens"] for launch in launches] == [launch.args["k_ptr"].shape[0] for launch in launches]
-    assert sum(launch.args["num_tokens"] for launch in launches) == tokens
+    assert [launch.args["first_token"] for launch in launches] == [0, 65535, 2 * 65535]
+    assert all(launch.args["num_tokens"] == tokens == launch.args["k_ptr"].shape[0] for launch in launches)

@@ -11,9 +11,9 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patune
-from patune.kernels import ops
+from patune.kernels import append, ops
+from patune.kernels.cache import paged_cache
 from patune.kernels.config import find
-from patune.kernels.indices import place_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -126,17 +126,23 @@ def test_positions_computed_once_serve_every_layer():
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.tuples(st.sampled_from((0, 1, 1, 2, 40)), st.integers(0, 40)), min_size=1, max_size=140),
-    padding=st.integers(0, 70), page_size=st.sampled_from((1, 16, 48)),
+    padding=st.integers(0, 70), page_size=st.sampled_from((1, 16, 48)), block=st.sampled_from((1, 8)),
 )  # fmt: skip
-def test_a_step_places_its_tokens_as_get_batch_indices_positions_does(lengths, padding, page_size):
+def test_an_append_that_is_not_told_places_tokens_as_get_batch_indices_positions_does(lengths, padding, page_size, block):
     """For any sequences, some without new tokens or without pages, and padding rows behind them."""
     batch = Batch(Case(tuple(q for q, _ in lengths), tuple(n for _, n in lengths), head_dim=16, page_size=page_size), DEVICE)
     tokens = sum(q for q, _ in lengths) + padding
-    want = patune.get_batch_indices_positions(batch.qo_indptr, batch.seq_lens, tokens)
-    got = [torch.full_like(x, -7) for x in want]
-    if tokens:
-        place_launch(batch.qo_indptr, *batch.pages[1:], *got, page_size).run()
-    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    k = torch.arange(1.0, tokens + 1, device=DEVICE)[:, None, None].expand(tokens, 2, 16)
+    places = patune.get_batch_indices_positions(batch.qo_indptr, batch.seq_lens, tokens)
+    last_tokens = dict(qo_indptr=batch.qo_indptr, kv_last_page_len=batch.pages[2])
+    caches = []
+    for told, options in ((places, {}), ((None, None), last_tokens)):
+        caches.append(torch.zeros_like(batch.kv_cache))
+        config = dict(BLOCK_T=block, num_warps=1)
+        for launch in append.launches(k, -k, *told, paged_cache(caches[-1], None, "HND"), *batch.pages[:2], config, **options):
+            launch.run()
+    assert torch.equal(*caches)
+    assert caches[0].count_nonzero() == 2 * 2 * 16 * sum(min(q, n) for q, n in lengths)
 
 
 class Seen(TorchDispatchMode):
@@ -151,7 +157,7 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_launches_its_parts_and_one_kernel_that_places_its_tokens(launched):
+def test_a_step_launches_its_parts_and_nothing_else(launched):
     """And between them torch only makes views and allocates: a small kernel costs a graph more than a microsecond."""
     batch = to_meta(Batch(Case((5, 7, 1, 1), (5, 40, 33, 20)), "cpu"))
     k = batch.q[:, :2]
@@ -162,7 +168,7 @@ def test_a_step_launches_its_parts_and_one_kernel_that_places_its_tokens(launche
         )  # fmt: skip
     assert seen.names <= {"new_empty", "empty", "unbind", "slice", "select", "view", "detach"}
     names = [launch.fn.__name__ for launch in launched]
-    assert names == ["place_tokens", "append_kv", "prefill_attention", "decode_split"]  # too short to be split
+    assert names == ["append_kv", "prefill_attention", "decode_split"]  # too short to be split
 
 
 def test_a_step_takes_configs_for_what_the_host_knows_of_its_parts(launched, monkeypatch):

@@ -27,7 +27,7 @@ STREAMS = {
     "prefill batch": {"prefill_attention": 1},
     "prefill alignment": {"prefill_attention": 1},
     "append tokens": {"append_kv": 1},
-    "mixed placing": {"place_tokens": 1},
+    "append of last tokens": {"append_kv": 1},
 }
 
 
