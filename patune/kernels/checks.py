@@ -109,7 +109,7 @@ def check_indices(device: torch.device, batch_size: int | None = None, **tensors
         if name.endswith("_indptr") and x.shape[0] < 1:
             raise bad(name, "expected batch+1 entries, got none")
         if batch_size is not None and name != "kv_indices":
-            want = batch_size + name.endswith("_indptr")
+            want = batch_size + 1 if name.endswith("_indptr") else batch_size
             if x.shape[0] != want:
                 raise bad(name, f"expected {want} entries for a batch of {batch_size}, got {x.shape[0]}")
 

@@ -1,9 +1,9 @@
 """Paged prefill, template "prefill": causal attention of new tokens over a paged cache that already holds them.
 
-One program takes BLOCK_M query tokens of one head and walks the sequence's keys, BLOCK_N at a time, gathered through
-the page table. Query blocks of a ragged batch form one list, cut on the device, so padding costs no program beyond
-one early exit; within a sequence the last block, which has the most keys, goes first. One loop takes all tiles, and only those
-on the diagonal (and on a window's left edge) pay for hiding logits.
+One program takes BLOCK_M rows, the query heads of a KV head side by side for each of a few tokens, and walks the sequence's keys,
+BLOCK_N at a time, gathered through the page table. Query blocks of a ragged batch form one list, cut on the device, so padding
+costs no program beyond one early exit; within a sequence the last block, which has the most keys, goes first. One loop takes all
+tiles, and only those on the diagonal (and on a window's left edge) pay for hiding logits.
 """
 
 import triton
@@ -13,13 +13,13 @@ from ..workload import Key, Workload
 from .defaults import default_config, query_of
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
-from .sizes import MAX_GRID_Y, ceil_div, exceeds_registers, next_power_of_2
+from .sizes import ceil_div, exceeds_registers, next_power_of_2
 from .template import Launch, Template, Values
 
 
 @triton.jit
-def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The sequence that holds query block `item` (batch_size if none does) and that sequence's first block."""
+def find_block(qo_indptr_ptr, batch_size, item, TOKENS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The sequence that holds query block `item`, of TOKENS tokens (batch_size if none does), and that sequence's first block."""
     b = 0
     first = 0
     total = 0
@@ -27,7 +27,7 @@ def find_block(qo_indptr_ptr, batch_size, item, BLOCK_M: tl.constexpr, BLOCK_B: 
         offs = start + tl.arange(0, BLOCK_B)
         inside = offs < batch_size
         q_len = tl.load(qo_indptr_ptr + offs + 1, mask=inside, other=0) - tl.load(qo_indptr_ptr + offs, mask=inside, other=0)
-        end = total + tl.cumsum(tl.cdiv(q_len, BLOCK_M), 0)
+        end = total + tl.cumsum(tl.cdiv(q_len, TOKENS), 0)
         before = inside & (end <= item)
         b += tl.sum(before.to(tl.int32), 0)
         first = tl.maximum(first, tl.max(tl.where(before, end, 0), 0))
@@ -108,36 +108,41 @@ def attend(
 def prefill_attention(
     q_ptr, k_ptr, v_ptr, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
     sinks_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr,
-    sm_scale, v_scale, soft_cap, window, batch_size,
+    sm_scale, v_scale, soft_cap, window, batch_size, q_heads,
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_vp, stride_vh, stride_ot, stride_oh, stride_od,
     STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (q_heads, query blocks): heads of a group run side by side and share their KV in L2."""
-    head = tl.program_id(0)
-    item = tl.program_id(1)
+    """Grid (q_heads / PACK * query blocks,): blocks that read the same keys, those of all heads of a group, run side by side.
+
+    PACK heads of a group are rows of one block, so that it reaches BLOCK_M / PACK tokens past the diagonal, not BLOCK_M.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    first_head = tl.program_id(0) % (q_heads // PACK) * PACK
+    item = tl.program_id(0) // (q_heads // PACK)
     b = 0
     first_item = 0
     if batch_size > 1:
-        b, first_item = find_block(qo_indptr_ptr, batch_size, item, BLOCK_M, BLOCK_B)
+        b, first_item = find_block(qo_indptr_ptr, batch_size, item, TOKENS, BLOCK_B)
     if b >= batch_size:  # the grid holds the most blocks that this batch could need
         return
     q_start = tl.load(qo_indptr_ptr + b)
     q_len = tl.load(qo_indptr_ptr + b + 1) - q_start
-    blocks = tl.cdiv(q_len, BLOCK_M)
+    blocks = tl.cdiv(q_len, TOKENS)
     if item - first_item >= blocks:
         return
-    block = blocks - 1 - (item - first_item)  # longest first
+    first_token = (blocks - 1 - (item - first_item)) * TOKENS  # of the sequence's new ones; the longest block first
 
     first_page = tl.load(kv_indptr_ptr + b)
     kv_len = kv_length(kv_indptr_ptr, kv_last_page_len_ptr, b, True, PAGE_SIZE)
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    tokens = (q_start + rows).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    tokens = first_token + rows // PACK
     offs_d = tl.arange(0, BLOCK_D)
-    q_mask = (rows < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + tokens[:, None] * stride_qt + head * stride_qh + offs_d[None, :] * stride_qd,
+    q_ptr += (q_start + first_token).to(tl.int64) * stride_qt + first_head * stride_qh
+    q_mask = (tokens < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + (rows // PACK * stride_qt + rows % PACK * stride_qh)[:, None] + offs_d[None, :] * stride_qd,
                 mask=q_mask, other=0.0)  # fmt: skip  # [BLOCK_M, BLOCK_D]
     qk_scale = sm_scale
     if k_scale_ptr is not None:
@@ -146,21 +151,21 @@ def prefill_attention(
     if HAS_SOFT_CAP:
         exponent = LOG2E
 
-    first_last_key = kv_len - q_len + block * BLOCK_M  # the last key that the block's first row sees; bottom-right aligned
+    first_last_key = kv_len - q_len + first_token  # the last key that the block's first row sees; bottom-right aligned
     last_key = tl.zeros([BLOCK_M], tl.int32) + (kv_len - 1)
     end = kv_len
     inner_end = kv_len // BLOCK_N * BLOCK_N
     if CAUSAL:
-        last_key = kv_len - q_len + rows
-        end = tl.minimum(kv_len, first_last_key + BLOCK_M)
+        last_key = kv_len - q_len + tokens
+        end = tl.minimum(kv_len, first_last_key + TOKENS)
         inner_end = tl.maximum(first_last_key + 1, 0) // BLOCK_N * BLOCK_N
     start = 0
     inner_start = 0
     if HAS_WINDOW:
         start = tl.maximum(first_last_key + 1 - window, 0) // BLOCK_N * BLOCK_N
-        inner_start = first_last_key + BLOCK_M - window
+        inner_start = first_last_key + TOKENS - window
 
-    kv_head = (head // GROUP).to(tl.int64)
+    kv_head = (first_head // GROUP).to(tl.int64)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
     page_ids_ptr = kv_indices_ptr + first_page
@@ -178,24 +183,23 @@ def prefill_attention(
         page = page_ids(page_ids_ptr, n + BLOCK_N, pages, PAGE_SIZE, BLOCK_N)  # a whole tile ahead of the loads that need them
 
     if sinks_ptr is not None:
-        m, l, alpha = add_sink(tl.load(sinks_ptr + head).to(tl.float32), m, l)
+        m, l, alpha = add_sink(tl.load(sinks_ptr + first_head + rows % PACK).to(tl.float32), m, l)
         acc *= alpha[:, None]
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
     o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    # The rows anew, counted from the block's first token: those of q would take registers all the way through the loop.
-    rows = tl.arange(0, BLOCK_M)
-    first_token = (q_start + block * BLOCK_M).to(tl.int64)
-    row_mask = rows < q_len - block * BLOCK_M
-    tl.store(out_ptr + first_token * stride_ot + head * stride_oh + rows[:, None] * stride_ot + offs_d[None, :] * stride_od,
+    out_ptr += (q_start + first_token).to(tl.int64) * stride_ot + first_head * stride_oh
+    row_mask = rows // PACK < q_len - first_token
+    tl.store(out_ptr + (rows // PACK * stride_ot + rows % PACK * stride_oh)[:, None] + offs_d[None, :] * stride_od,
              o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])  # fmt: skip
     if lse_ptr is not None:
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
-        tl.store(lse_ptr + (first_token + rows) * tl.num_programs(0) + head, lse, mask=row_mask)
+        lse_ptr += (q_start + first_token).to(tl.int64) * q_heads + first_head
+        tl.store(lse_ptr + rows // PACK * q_heads + rows % PACK, lse, mask=row_mask)
 
 
 TUNABLES = {
-    "BLOCK_M": (16, 32, 64, 128),  # query tokens a program
+    "BLOCK_M": (16, 32, 64, 128),  # rows a program: query heads of a group, for as many tokens as that leaves
     "BLOCK_N": (16, 32, 64, 128),  # KV tokens a tile
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
@@ -213,21 +217,21 @@ def launches(
 ) -> list[Launch]:  # fmt: skip
     """The launch of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
+    group = q_heads // cache.kv_heads
+    pack = min(16, group & -group)
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
-    blocks = min(tokens // block_m + batch_size, ceil_div(max_q_len, block_m) * batch_size)
-    if blocks > MAX_GRID_Y:
-        raise ValueError(f"q: {tokens} tokens are more than a grid's {MAX_GRID_Y} blocks of {block_m}; cut the batch")
+    blocks = min(tokens * pack // block_m + batch_size, ceil_div(max_q_len * pack, block_m) * batch_size)
     block_d = max(16, next_power_of_2(head_dim))
-    return [Launch(prefill_attention, (q_heads, blocks), dict(
+    return [Launch(prefill_attention, (q_heads // pack * blocks,), dict(
         q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
         kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
         out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, soft_cap=soft_cap or 0.0, window=window or 0,
-        batch_size=batch_size,
+        batch_size=batch_size, q_heads=q_heads,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
         stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], STRIDE_KT=cache.k_strides[2],
         stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], STRIDE_VT=cache.v_strides[2],
         stride_ot=out.stride(0), stride_oh=out.stride(1), stride_od=out.stride(2),
-        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=q_heads // cache.kv_heads, CAUSAL=causal,
+        HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, PACK=pack, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
         BLOCK_M=block_m, BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
         num_warps=config["num_warps"], num_stages=config["num_stages"],

@@ -8,7 +8,7 @@ from paged import Batch, Case
 
 import patune
 from patune.errors import UsageError
-from patune.kernels import checks, decode, prefill, registry
+from patune.kernels import checks, decode, registry
 from patune.kernels.cache import paged_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -322,12 +322,3 @@ def test_a_decode_that_no_grid_can_hold_names_the_batch(batch, config):
     )
     with pytest.raises(ValueError, match=f"^q: {batch} sequences in .* cut the batch$"):
         launches(dict(BLOCK_N=16, num_warps=2, num_stages=2) | config)
-
-
-def test_a_prefill_that_no_grid_can_hold_names_the_tokens():
-    meta = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device="meta")
-    q, kv = meta(5_000_000, 1, 16, dtype=torch.float16), meta(4, 2, 1, 16, 16, dtype=torch.float16)
-    config = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0)
-    with pytest.raises(ValueError, match=r"^q: 5000000 tokens are more than .* cut the batch$"):
-        prefill.launches(q, paged_cache(kv, None, "HND"), meta(4), meta(2), meta(1), q, None, config,
-                         qo_indptr=meta(2), max_q_len=5_000_000, sm_scale=1.0)  # fmt: skip
