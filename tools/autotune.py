@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -231,9 +230,10 @@ def main() -> None:
         "extrapolated": {"whole_space_s": whole_s, "times_patune": whole_s and whole_s / patune_s},
         "races": raced, "geomean_us_over_patune": statistics.geometric_mean(ratios) if ratios else None,
     }, indent=1) + "\n")  # fmt: skip
+    rest = f"would need about {whole_s:.0f} s for all (extrapolated)" if whole_s else "evaluated too few to extrapolate from"
     print(
         f"patune tuned {len(rows)} workloads in {patune_s:.0f} s. triton.autotune finished {len(found.winners)} of them in "
-        f"{found.seconds:.0f} s and would need about {whole_s or math.nan:.0f} s for all (extrapolated)."
+        f"{found.seconds:.0f} s and {rest}."
     )
 
 

@@ -248,10 +248,13 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     if (q_rows + 2 * stages * block_n) * row_bytes > 227 * 1024:
         return "tiles in flight exceed shared memory"
     values = block_m * (row_bytes // 2 + block_n) // (32 * warps)  # of the accumulator and a tile's logits, a thread
-    if maxnreg and (warps < 8 or (block_m + 2 * stages * block_n) * row_bytes > 227 * 1024 // 2):
-        return "no second program would fit an SM"
-    if maxnreg and not 64 < values <= 96:
-        return "a bound on registers that is idle, or that spills"
+    two_fit = (block_m + 2 * stages * block_n) * row_bytes <= 227 * 1024 // 2 and 64 < values <= 96
+    if maxnreg and not (warps == 8 and two_fit):
+        return "a bound on registers by which no second program comes to an SM, or that spills"
+    if not maxnreg and warps == 8 and two_fit:  # at least 10% slower at head_dim 64 and 128, on an H100
+        return "without a bound on registers a program of 8 warps is alone on an SM"
+    if key.head_dim <= 128 and warps == 8 and block_n < 64:  # 2.8% behind the best at least, on each of 51 workloads of an H100
+        return "too few keys for 8 warps"
     if not huge and (block_m < 64 or block_n < 32):
         return "too few rows for wgmma, or too few keys"
     if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):

@@ -5,6 +5,7 @@ it runs where kernels are interpreted on a CPU.
 """
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from .accept import LEAST_SAMPLES
 SLOW = 1.1  # over the best of the first rounds by this factor: out of the race. It halves the time of a race, and at 1.05 as
 FIRST_ROUNDS = 2  # well as after one round a replay starts to lose optima.
 LONG_S = 1.0  # of GPU time: a race that has taken more ends as soon as its samples can decide
+HOST_US = 40.0  # that the host is granted to send off a sample, two events and a graph
 
 Call = Callable[[], None]
 
@@ -32,8 +34,8 @@ class Clock(Protocol):
         """One callable that makes all the calls. Each must have run before, so that nothing is compiled here."""
         ...
 
-    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
-        """Run `lead`, which is not timed, and the others back to back; microseconds of each."""
+    def lap(self, lead: Call, replays: Sequence[Call], leads: int = 1) -> list[float]:
+        """Run `lead`, which is not timed, so often, and the others back to back; microseconds of each."""
         ...
 
 
@@ -72,9 +74,10 @@ class Cuda:
         self._cuda.synchronize()
         return replay
 
-    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
+    def lap(self, lead: Call, replays: Sequence[Call], leads: int = 1) -> list[float]:
         events = [[self._cuda.Event(enable_timing=True) for _ in range(2)] for _ in replays]
-        lead()  # while it runs the host gets ahead, so that no sample waits for a launch
+        for _ in range(leads):  # while they run the host gets ahead, so that no sample waits for a launch
+            lead()
         for (start, end), replay in zip(events, replays):
             start.record()
             replay()
@@ -100,7 +103,7 @@ class Host:
 
         return replay
 
-    def lap(self, lead: Call, replays: Sequence[Call]) -> list[float]:
+    def lap(self, lead: Call, replays: Sequence[Call], leads: int = 1) -> list[float]:
         marks = [time.perf_counter()]
         for replay in replays:
             replay()
@@ -127,7 +130,8 @@ def race(
     Every replay makes `calls` calls. A contestant may have several, one for each buffer set; then the sets take turns from replay
     to replay, so that none finds its own in the cache. After FIRST_ROUNDS, contestants SLOW times over the best stop, but for
     `keep`. After LONG_S, LEAST_SAMPLES rounds are enough. The order turns by one every round, so nobody always follows the same
-    one. `beat` is called after every round.
+    one. Before a round's samples enough of the first one's replays run untimed for the host to send all of them off, as far as the
+    rounds before can tell. `beat` is called after every round.
     """
     samples: dict[int, list[float]] = {i: [] for i in replays}
     running, spent_us, turn = list(replays), 0.0, 0
@@ -138,7 +142,8 @@ def race(
         sets = len(replays[order[0]])
         lead, *timed = [replays[i][(turn + place) % sets] for place, i in enumerate([order[0], *order])]
         turn += 1 + len(order) + (len(order) % sets == 0)  # else everybody would have the same set in every round
-        for i, us in zip(order, clock.lap(lead, timed)):
+        last = samples[order[0]][-1] * calls if samples[order[0]] else math.inf
+        for i, us in zip(order, clock.lap(lead, timed, max(1, math.ceil(HOST_US * len(order) / last)))):
             samples[i].append(us / calls)
             spent_us += us
         if n + 1 == FIRST_ROUNDS:

@@ -15,13 +15,14 @@ class Recorder:
     """A clock on which contestant n takes us[n] microseconds, and that remembers who ran, on which of its sets."""
 
     def __init__(self, us, sets=1):
-        self.us, self.laps, self.ran = us, [], []
+        self.us, self.laps, self.ran, self.lead_us = us, [], [], []
         self.replays = {i: [lambda i=i, r=r: (i, r) for r in range(sets)] for i in us}
 
-    def lap(self, lead, replays):
+    def lap(self, lead, replays, leads=1):
         ran = [replay() for replay in replays]
         self.ran += [lead(), *ran]
         self.laps.append([i for i, _ in ran])
+        self.lead_us.append(leads * self.us[ran[0][0]])
         return [self.us[i] for i, _ in ran]
 
 
@@ -64,6 +65,15 @@ def test_no_timed_replay_follows_one_of_the_same_set(contestants, sets):
     assert all(clock.ran[n][1] != clock.ran[n - 1][1] for n in timed)
     if contestants > 1:
         assert all(len({clock.ran[n][1] for n in timed if clock.ran[n][0] == i}) > 1 for i in range(contestants))
+
+
+@pytest.mark.parametrize("us", [20.0, 100.0, 5000.0])
+def test_no_sample_waits_for_the_host(us):
+    """From the second round on what runs untimed is long enough to send all samples off, and by at most one replay too long."""
+    clock = Recorder(dict.fromkeys(range(16), us))
+    timing.race(clock, clock.replays, 2, 7, keep=0, beat=lambda: None)
+    assert clock.lead_us[0] == us
+    assert all(0 <= lead - 16 * timing.HOST_US < us or lead == us > 16 * timing.HOST_US for lead in clock.lead_us[1:])
 
 
 def test_nothing_to_race():

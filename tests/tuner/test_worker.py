@@ -23,7 +23,7 @@ class Counting(Host):
         self.captured.append(len(calls))
         return len(calls)
 
-    def lap(self, lead, replays):
+    def lap(self, lead, replays, leads=1):
         self.timed += len(replays)
         return [calls * self.call_us for calls in replays]
 
