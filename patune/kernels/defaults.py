@@ -27,9 +27,9 @@ def default_config(query: dict) -> dict:
         stages = 3 if small else 2
         return {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": issue, "num_splits": splits}
     if query["kernel"] == "prefill":
-        # Behind the best of an H100's landscape, geometric mean: 15% (d64), 23% (d128), 26% (d256). A third stage, or 128 rows at d256,
-        # would make that 6 to 10%, but needs more shared memory than every GPU has; the best for long prompts, 8 warps with at most
-        # 128 registers, spill on GPUs that are no Hopper.
+        # Behind the best of an H100's landscape, geometric mean: 15% (d64), 23% (d128), 26% (d256). A third stage, or 128 rows at
+        # d256, would make that 6 to 10%, but needs more shared memory than every GPU has; the best for long prompts, 8 warps with
+        # at most 128 registers, spill on GPUs that are no Hopper.
         warps = 8 if huge or query["q_dtype"] == "float32" else 4
         return {"BLOCK_M": 32 if huge else 64, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
     if query["kernel"] == "decode_hopper":
