@@ -189,7 +189,7 @@ def prefill_attention(
         v_scale *= tl.load(v_scale_ptr)
     o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
     out_ptr += (q_start + first_token).to(tl.int64) * stride_ot + first_head * stride_oh
-    row_mask = rows // PACK < q_len - first_token
+    row_mask = rows // PACK < q_len - first_token  # q's mask, computed anew: it would take registers all the way through the loop
     tl.store(out_ptr + (rows // PACK * stride_ot + rows % PACK * stride_oh)[:, None] + offs_d[None, :] * stride_od,
              o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])  # fmt: skip
     if lse_ptr is not None:
