@@ -7,9 +7,9 @@ fastest, for every new value of its key, which is the workload; the rules of the
 kernel, but a call may be more than one (the two stages of a decode), so what it wraps here makes all the launches of a call:
 to time stage 1 alone would hide what splits cost. They are prepared once a config, not once a launch.
 
-The whole of it takes long, so it gets SECONDS, each template an equal part; workloads of few configs come first, so that many are
-finished. What the rest would take is estimated from what was measured, under "extrapolated" in OUT and nowhere else. The winners
-of finished workloads are raced against patune's as patune measures.
+The whole of it takes long, so it gets SECONDS, each template an equal part of what those of smaller spaces left; workloads of few
+configs come first, so that many are finished. What the rest would take is estimated from what was measured, under "extrapolated"
+in OUT and nowhere else. The winners of finished workloads are raced against patune's as patune measures.
 """
 
 import argparse
@@ -123,16 +123,23 @@ class Tuning:
     winners: dict[tuple[Key, Workload], Values]  # of the workloads that it finished
 
 
+def turns(plan: dict[Key, list[Workload]]) -> list[tuple[Key, list[Workload]]]:
+    """The plan in the order in which it is tuned: keys and workloads of few configs first."""
+    configs = lambda key, workload: len(valid_points(template(key.kernel), key, workload))
+    ordered = {key: sorted(workloads, key=functools.partial(configs, key)) for key, workloads in plan.items()}
+    return sorted(ordered.items(), key=lambda turn: sum(configs(turn[0], workload) for workload in turn[1]))
+
+
 def tune(plan: dict[Key, list[Workload]], seconds: float) -> Tuning:
     began = time.monotonic()
     calls = {key: Call(key, device="cuda", ends=began + seconds) for key in plan}
     tuners = {key: autotuned(calls[key], workloads) for key, workloads in plan.items()}
     winners: dict[tuple[Key, Workload], Values] = {}
-    for turn, (key, workloads) in enumerate(plan.items(), start=1):
-        call = calls[key]
-        call.ends = began + seconds * turn / len(plan)
+    for left, (key, workloads) in zip(range(len(plan), 0, -1), turns(plan)):
+        call, now = calls[key], time.monotonic()
+        call.ends = now + (began + seconds - now) / left
         with contextlib.suppress(TimeIsUp):
-            for workload in sorted(workloads, key=lambda workload: len(valid_points(call.template, key, workload))):
+            for workload in workloads:
                 call.problem(workload)  # the tensors are the user's, not part of tuning
                 tuners[key][None](workload)
                 winners[key, workload] = _values(tuners[key].best_config, call.template)

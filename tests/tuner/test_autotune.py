@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from patune.workload import Workload
+from patune.kernels.registry import template
+from patune.tuner.space import valid_points
+from patune.tuner.workloads import standard_workloads
+from patune.workload import Key, Workload
 from tests.tuner.templates import KEY, TOY
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
-from autotune import Call, TimeIsUp, autotuned, kernel_summary
+from autotune import Call, TimeIsUp, autotuned, kernel_summary, turns
 
 WORKLOADS = [Workload(1, 64), Workload(1, 128)]
 VALID = [(block, warps) for block in TOY.tunables["BLOCK"] for warps in TOY.tunables["num_warps"]]
@@ -60,3 +63,14 @@ def test_the_estimate_is_nothing_for_a_space_that_was_evaluated_and_takes_later_
     autotuned(subject, WORKLOADS)[None](WORKLOADS[1])
     later = kernel_summary(subject, [*WORKLOADS, Workload(1, 32)])
     assert later["extrapolated_rest_s"] == pytest.approx(9 * later["median_s_without"])
+
+
+def test_small_spaces_come_first():
+    """What they leave of their time is the others', whose variants compile for long."""
+    keys = [Key(kernel, "", 132, 128, 16, group) for kernel, group in (("decode", 4), ("prefill_hopper", 4), ("append", 1))]
+    order = turns({key: standard_workloads(key.kernel, 8) for key in keys})
+    size = lambda key, workload: len(valid_points(template(key.kernel), key, workload))
+    assert [key.kernel for key, _ in order] == ["append", "prefill_hopper", "decode"]
+    for key, workloads in order:
+        assert sorted(workloads) == sorted(standard_workloads(key.kernel, 8))
+        assert [size(key, w) for w in workloads] == sorted(size(key, w) for w in workloads)
