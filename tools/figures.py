@@ -41,10 +41,15 @@ def race_table(mode: str, results: Path = RESULTS, cases: str | None = None) -> 
         what = f"{row['floor_us'] / us:.0%}" if mode == "decode" else f"{row['flops'] / us / 1e6:.0f}"
         lines.append(f"| {row['case']} | {us:.1f} | {what} | {row['us'][peer]:.1f} | {PEERS[peer]} | ×{ratio:.2f} |")
     won = sum(ratio >= 1 for ratio in ratios)
-    summary = (
-        f"Geometric mean over the best peer of each case ×{statistics.geometric_mean(ratios):.3f}, {won} of {len(ratios)} won."
-    )
-    return "\n".join([*lines, "", summary])
+    summary = f"Geometric mean over the best peer of each case ×{statistics.geometric_mean(ratios):.3f}, {won} of {len(ratios)} won"
+    by_peer = {
+        name: statistics.geometric_mean(row["us"][peer] / row["us"]["candidate"] for row in rows)
+        for peer, name in PEERS.items()
+        if all(peer in row["us"] for row in rows)
+    }
+    if len(by_peer) > 1:
+        summary += "; over " + ", ".join(f"{name} ×{ratio:.3f}" for name, ratio in by_peer.items())
+    return "\n".join([*lines, "", summary + "."])
 
 
 def host_line() -> str:
