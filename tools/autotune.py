@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -125,17 +126,18 @@ class Tuning:
 
 def turns(plan: dict[Key, list[Workload]]) -> list[tuple[Key, list[Workload]]]:
     """The plan in the order in which it is tuned: keys and workloads of few configs first."""
-    configs = lambda key, workload: len(valid_points(template(key.kernel), key, workload))
-    ordered = {key: sorted(workloads, key=functools.partial(configs, key)) for key, workloads in plan.items()}
-    return sorted(ordered.items(), key=lambda turn: sum(configs(turn[0], workload) for workload in turn[1]))
+    sizes = {key: {w: len(valid_points(template(key.kernel), key, w)) for w in workloads} for key, workloads in plan.items()}
+    return [(key, sorted(plan[key], key=sizes[key].__getitem__)) for key in sorted(plan, key=lambda key: sum(sizes[key].values()))]
 
 
 def tune(plan: dict[Key, list[Workload]], seconds: float) -> Tuning:
-    began = time.monotonic()
-    calls = {key: Call(key, device="cuda", ends=began + seconds) for key in plan}
+    # Which configs are valid is known before, as triton.autotune's users know theirs: 2 s an enumeration for the main job.
+    order = turns(plan)
+    calls = {key: Call(key, device="cuda", ends=math.inf) for key in plan}
     tuners = {key: autotuned(calls[key], workloads) for key, workloads in plan.items()}
     winners: dict[tuple[Key, Workload], Values] = {}
-    for left, (key, workloads) in zip(range(len(plan), 0, -1), turns(plan)):
+    began = time.monotonic()
+    for left, (key, workloads) in zip(range(len(order), 0, -1), order):
         call, now = calls[key], time.monotonic()
         call.ends = now + (began + seconds - now) / left
         with contextlib.suppress(TimeIsUp):

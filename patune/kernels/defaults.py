@@ -19,7 +19,7 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, in the geometric mean: 2.3% (d64), 4.5% and 4.7% (d128, pages of 16 and 64), 1.0%
+        # Behind the best of an H100's landscape, in the geometric mean: 3.2% (d64), 4.9% and 5.2% (d128, pages of 16 and 64), 0.5%
         # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
         splits = fit_splits(query["sm_count"] or 132, query) if query["batch_size"] else 1
         small = query["head_dim"] <= 64
@@ -50,13 +50,18 @@ def default_config(query: dict) -> dict:
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
+def even_heads(q_heads_per_kv: int) -> int:
+    """Query heads of a KV head that can share a block of query rows without one to spare: a power of two of them, at most 16."""
+    return min(16, q_heads_per_kv & -q_heads_per_kv)
+
+
 def packed_heads(q_heads_per_kv: int, q_len: int) -> int:
     """Rows that each token has in an item of prefill_hopper, one for a query head of the item's KV head; at most 16.
 
     As many heads as divide 64 rows evenly. Or a row for all of them and more, which nobody needs, where that makes fewer items of
     128 rows from q_len new tokens.
     """
-    even, all_heads = min(16, q_heads_per_kv & -q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
+    even, all_heads = even_heads(q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
     items = lambda pack: -(-q_heads_per_kv // pack) * -(-q_len * pack // 128)
     return all_heads if all_heads <= 16 and items(all_heads) < items(even) else even
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..workload import Key, Workload
-from .defaults import default_config, query_of
+from .defaults import default_config, even_heads, query_of
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
 from .sizes import ceil_div, exceeds_registers, next_power_of_2
@@ -218,7 +218,7 @@ def launches(
     """The launch of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
     group = q_heads // cache.kv_heads
-    pack = min(16, group & -group)
+    pack = even_heads(group)
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens * pack // block_m + batch_size, ceil_div(max_q_len * pack, block_m) * batch_size)
     block_d = max(16, next_power_of_2(head_dim))
