@@ -63,7 +63,7 @@ def packed_heads(q_heads_per_kv: int, q_len: int) -> int:
 
 
 def shared_heads(q_heads_per_kv: int, q_len: int, block_m: int) -> int:
-    """Query heads of a KV head that share block_m rows of the plain prefill, at most 16: as make the fewest blocks of q_len tokens."""
+    """Query heads of a KV head that share block_m rows of the plain prefill, at most 16: as make the fewest blocks of q_len."""
     blocks = lambda heads: q_heads_per_kv // heads * -(-q_len // (block_m // heads))
     return min((n for n in range(min(16, block_m), 0, -1) if q_heads_per_kv % n == 0), key=blocks)
 
@@ -79,10 +79,9 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys.
 
     Blocks run in waves of a program an SM, or two of the plain template up to head_dim 128. Time is in keys that a block walks: one
-    takes 13 ns on an H100 (head_dim 128). A block spends 128 to start and end, and a split of it 435 to write its part and have it
-    joined (both ways of its rows in fp32, at an SM's share of HBM), after 256 for a second kernel; HBM brings the keys of 60 blocks
-    in the time of one. Behind the best number of splits: 0.3% on the 12 workloads of an H100's landscape that prefill_hopper has more
-    than one for, 1.6% on the 17 of the plain template, geometric mean.
+    takes 13 ns on an H100 (head_dim 128). A block spends 128 to start and end, and a split of it 435 more to write its part and have
+    it joined (both ways of its rows in fp32, at an SM's share of HBM), after 256 for a second kernel; HBM brings the keys of 60
+    blocks in the time of one.
     """
     at_once = (query["sm_count"] or 132) * (2 if query["kernel"] == "prefill" and query["head_dim"] <= 128 else 1)
     keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from ..workload import Key, Workload
-from .defaults import PREFILL_SPLITS, default_config, fit, prefill_blocks, prefill_splits, query_of, shared_heads
+from .defaults import PREFILL_SPLITS, default_config, fit, query_of, shared_heads
 from .device import supports_pdl
 from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_space import far_from_even
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
 from .sizes import ceil_div, exceeds_registers, next_power_of_2
@@ -283,14 +284,8 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "without a bound on registers a program of 8 warps is alone on an SM"
     if key.head_dim <= 128 and warps == 8 and block_n < 64:  # 2.8% behind the best at least, on each of 51 workloads of an H100
         return "too few keys for 8 warps"
-    query = query_of(key, workload)
-    programs = splits * prefill_blocks(query, block_m)
-    if splits > 1 and splits * 256 > workload.kv_len:
-        return "less than 256 keys a split"
-    if splits > 1 and programs > 2 * key.sm_count and splits != prefill_splits(query, block_m):
-        return "more than 2 programs an SM, and not what evens out their waves"
-    if programs * 3 < key.sm_count and splits < TUNABLES["num_splits"][-1] and splits * 1024 <= workload.kv_len:
-        return "leaves most SMs idle"
+    if why := far_from_even(splits, query_of(key, workload), block_m):
+        return why
     if not huge and (block_m < 64 or block_n < 32):
         return "too few rows for wgmma, or too few keys"
     if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):

@@ -12,9 +12,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, prefill_blocks, prefill_splits, query_of
+from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, query_of
 from .device import device_of
 from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_space import far_from_even
 from .problem import AttentionProblem
 from .registry import candidates
 from .sizes import ceil_div
@@ -105,15 +106,7 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "tiles in flight exceed shared memory"
     if key.head_dim <= 128 and stages * block_n < 256:
         return "a ring holds less than 256 tokens"
-    query = query_of(key, workload)
-    programs = splits * prefill_blocks(query)
-    if splits > 1 and splits * 256 > workload.kv_len:
-        return "less than 256 keys a split"
-    if splits > 1 and programs > 2 * key.sm_count and splits != prefill_splits(query):
-        return "more than 2 items an SM, and not what evens out their waves"
-    if programs * 3 < key.sm_count and splits < TUNABLES["num_splits"][-1] and splits * 1024 <= workload.kv_len:
-        return "leaves most SMs idle"
-    return None
+    return far_from_even(splits, query_of(key, workload))
 
 
 TEMPLATE = Template(
