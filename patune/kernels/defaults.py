@@ -79,9 +79,9 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys.
 
     Blocks run in waves of a program an SM, or two of the plain template up to head_dim 128. Time is in keys that a block walks: one
-    takes 13 ns on an H100 (head_dim 128). A block spends 128 to start and end, and a split of it 435 more to write its part and have
-    it joined (both ways of its rows in fp32, at an SM's share of HBM), after 256 for a second kernel; HBM brings the keys of 60
-    blocks in the time of one.
+    takes 13 ns on an H100 (head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part and have
+    it joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel 256; HBM brings the keys of 60 blocks in
+    the time of one.
     """
     at_once = (query["sm_count"] or 132) * (2 if query["kernel"] == "prefill" and query["head_dim"] <= 128 else 1)
     keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)
