@@ -2,9 +2,9 @@
 
     pip install cmaes scipy && python tools/ablation.py patune/tables/h100.landscape.json.gz results/h100/ablation.json
 
-Only keys with a workload whose space is larger than the evaluations are searched, and only such workloads count. OUT has, per
-variant, the fraction of optimum over evaluations as Kernel Tuner's community counts it, (default - found) / (default - optimum), and
-how many kernels were compiled; and per pruner the share of rounds that it leaves, and what that costs.
+Only keys with a workload whose space is larger than the evaluations are searched, and only such workloads count. OUT has,
+per variant, the fraction of optimum over evaluations as Kernel Tuner's community counts it, (default - found) / (default -
+optimum), and how many kernels were compiled; and per pruner the share of rounds that it leaves, and what that costs.
 """
 
 import argparse

@@ -19,17 +19,19 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, in the geometric mean: 3.2% (d64), 4.9% and 5.2% (d128, pages of 16 and 64), 0.5%
-        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
+        # Behind the best of an H100's landscape, geometric mean: 2.5% (d64), 2.3% and 3.6% (d128, pages of 16 and 64), 0.9%
+        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there. Items
+        # of a ragged batch are taken one by one: level with dealing them out (d128, d256) or 2% faster (d64), and 5% beside an
+        # append that keeps some SMs for longer.
         small = query["head_dim"] <= 64
         issue = 2 if small or (query["page_size"] > 32 and not large) else 1
         stages = 3 if small else 2
-        tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": issue}
+        tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if query["ragged"] else 1, "issue": issue}
         return {**tiles, "num_splits": prefill_splits(query) if query["batch_size"] else 1}
     if query["kernel"] == "prefill":
-        # Behind the best of an H100's landscape, geometric mean: 15% (d64), 23% (d128), 26% (d256). A third stage, or 128 rows at
-        # d256, would make that 6 to 10%, but needs more shared memory than every GPU has; the best for long prompts, 8 warps with
-        # at most 128 registers, spill on GPUs that are no Hopper.
+        # Behind the best of an H100's landscape, geometric mean: 13% (d64), 17 and 20% (d128, pages of 16 and 64), 22% (d256). A
+        # third stage (d64, d128) or 128 rows (d256) would make that 3 to 10%, but needs more shared memory than every GPU has; the
+        # best for long prompts, 8 warps with at most 128 registers, spill on GPUs that are no Hopper.
         rows, warps = 32 if huge else 64, 8 if huge or query["q_dtype"] == "float32" else 4
         tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
         return {**tiles, "num_splits": prefill_splits(query, rows) if query["batch_size"] else 1}
@@ -78,14 +80,18 @@ def prefill_blocks(sizes: dict, block_m: int = 128) -> int:
 def prefill_splits(query: dict, block_m: int = 128) -> int:
     """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys.
 
-    Blocks run in waves of a program an SM, or two of the plain template up to head_dim 128. Time is in keys that a block walks: one
-    takes 13 ns on an H100 (head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part and have
-    it joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel 256; HBM brings the keys of 60 blocks in
-    the time of one.
+    Blocks run in waves, a program an SM, or two of the plain template's smaller ones. Time is in keys that a block walks: one takes
+    13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part
+    and have it joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel 256; HBM brings the keys of 60
+    blocks in the time of one, of the plain template 90. With the best tiles, on the workloads of a landscape with more than one
+    number of splits, behind the best number in the geometric mean: 0% and 2.4% (prefill_hopper, an H100 and an H200, 15 each),
+    1.0% and 0% (plain).
     """
-    at_once = (query["sm_count"] or 132) * (2 if query["kernel"] == "prefill" and query["head_dim"] <= 128 else 1)
+    plain = query["kernel"] == "prefill"
+    small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14
+    at_once = (query["sm_count"] or 132) * (2 if small else 1)
     keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)
-    read = _kv_heads(query) * keys / 60
+    read = _kv_heads(query) * keys / (90 if plain else 60)
 
     def end(splits: int) -> float:
         walk = -(-blocks * splits // at_once) * (keys / splits + (128 if splits == 1 else 563))

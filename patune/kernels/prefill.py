@@ -3,8 +3,8 @@
 One program takes BLOCK_M rows, the query heads of a KV head side by side for each of a few tokens, and walks the sequence's keys,
 BLOCK_N at a time, gathered through the page table. Query blocks of a ragged batch form one list, cut on the device, so padding
 costs no program beyond one early exit; within a sequence the last block, which has the most keys, goes first. One loop takes all
-tiles, and only those on the diagonal (and on a window's left edge) pay for hiding logits. Where blocks are fewer than SMs, a
-block's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
+tiles, and only those on the diagonal (and on a window's left edge) pay for hiding logits. Where blocks are fewer than SMs,
+or their last wave nearly empty, a block's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
 """
 
 import torch
@@ -223,7 +223,7 @@ TUNABLES = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
     "maxnreg": (0, 128),  # registers a thread; 0 lets ptxas choose, 128 lets an SM hold two programs of 8 warps
-    "num_splits": PREFILL_SPLITS,  # parts of a block's keys, where blocks are fewer than SMs
+    "num_splits": PREFILL_SPLITS,  # parts of a block's keys, where blocks do not fill waves of programs
 }
 JIT_FUNCTIONS = (
     dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, softmax_step, attend, prefill_attention,

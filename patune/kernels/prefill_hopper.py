@@ -32,7 +32,7 @@ TUNABLES = {
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
     "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
     "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
-    "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items are fewer than SMs
+    "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items do not fill waves of programs
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,

@@ -13,6 +13,6 @@ def far_from_even(splits: int, query: dict, block_m: int = 128) -> str | None:
         return "less than 256 keys a split"
     if not even <= 2 * splits <= 4 * even:
         return "too many or few splits for even waves"
-    if splits > even and splits * prefill_blocks(query, block_m) > 2 * query["sm_count"]:
-        return "more than 2 programs an SM"
+    if splits > even and splits * prefill_blocks(query, block_m) > query["sm_count"]:
+        return "more programs than SMs, and more than make even waves"
     return None
