@@ -2,9 +2,9 @@
 
     pip install cmaes scipy && python tools/ablation.py patune/tables/h100.landscape.json.gz results/h100/ablation.json
 
-Only keys whose space is larger than the evaluations are searched. OUT has, per variant, the fraction of optimum over evaluations as
-Kernel Tuner's community counts it, (default - found) / (default - optimum), and how many kernels were compiled; and per
-pruner the share of rounds that it leaves, and what that costs.
+Only keys with a workload whose space is larger than the evaluations are searched, and only such workloads count. OUT has,
+per variant, the fraction of optimum over evaluations as Kernel Tuner's community counts it, (default - found) / (default -
+optimum), and how many kernels were compiled; and per pruner the share of rounds that it leaves, and what that costs.
 """
 
 import argparse
@@ -78,16 +78,22 @@ VARIANTS = {
 SLOW_VARIANTS = {"GP alone": search(NoNeighbours, False, gp)}  # with --gp: a fifth of a second a proposal
 
 
+def large(recorded: Landscape, key: Key) -> list[Workload]:
+    """The workloads of a key that are not measured whole."""
+    return [w for w in recorded.workloads(key) if len(valid_points(template(key.kernel), key, w)) > max(AFTER)]
+
+
 def one(path: Path, job: tuple[Key, str, int]) -> dict:
     """Of one key, variant and seed: microseconds saved after each number of evaluations, all that can be, and kernels compiled."""
     (key, name, seed), recorded = job, landscape.load(path)
-    saved, possible, winners, variants = dict.fromkeys(AFTER, 0.0), 0.0, [], []
+    saved, possible, winners, variants, counted = dict.fromkeys(AFTER, 0.0), 0.0, [], [], large(recorded, key)
     for workload in recorded.workloads(key):
         default = recorded.trials(key, workload)[point_of(recorded.default(key, workload), recorded.tunables(key))].us
-        possible += default - recorded.optimum(key, workload).us
         trials = list({**VARIANTS, **SLOW_VARIANTS}[name](recorded, key, workload, seed, winners))
-        for n in AFTER:
-            saved[n] += default - min(trial.us for trial in trials[:n] if trial.status == "ok")
+        if workload in counted:
+            possible += default - recorded.optimum(key, workload).us
+            for n in AFTER:
+                saved[n] += default - min(trial.us for trial in trials[:n] if trial.status == "ok")
         best = min((trial for trial in trials if trial.status == "ok"), key=lambda trial: trial.us)
         winners.append((workload, best.config))
         variants.append({variant(template(key.kernel), trial.config) for trial in trials})
@@ -162,12 +168,12 @@ def main() -> None:
     parser.add_argument("--gp", action="store_true", help="Optuna's Gaussian process as well: an hour")
     args = parser.parse_args()
     recorded = landscape.load(args.landscape)
-    sizes = {key: max(len(recorded.trials(key, workload)) for workload in recorded.workloads(key)) for key in recorded.keys()}
-    keys = [key for key, size in sizes.items() if size > max(AFTER)]
+    counted = {key: large(recorded, key) for key in recorded.keys()}
+    keys = [key for key, workloads in counted.items() if workloads]
     document: dict = {
         "landscape": asdict(recorded.environment) | {"recorded": recorded.recorded, "commit": recorded.commit},
         "source_hash": {key.kernel: recorded.source_hash(key) for key in keys},
-        "seeds": args.seeds, "keys": len(keys), "workloads": sum(len(recorded.workloads(key)) for key in keys),
+        "seeds": args.seeds, "keys": len(keys), "workloads": sum(map(len, counted.values())),
         "variants": {}, "pruners": {},
     }  # fmt: skip
     seeds = range(args.seeds)

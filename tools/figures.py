@@ -166,7 +166,7 @@ def autotune_table() -> str:
         f"an empty Triton cache. triton.autotune finished {other['workloads']} of them in {other['seconds']:.0f} s."
     ]
     if ratio := document["extrapolated"]["times_patune"]:
-        said.append(f"For all it would take {ratio:.0f} times as long as patune, extrapolated from its rate.")
+        said.append(f"For all it would take {ratio:.1f} times as long as patune, extrapolated from its rate.")
     if quality := document["geomean_us_over_patune"]:
         said.append(f"Its configs take ×{quality:.3f} of the time of patune's (geometric mean, raced as patune measures).")
     said.append(f"One {document['gpu']}, triton {document['triton']}, {document['date'][:10]}, commit {document['commit'][:10]}.")

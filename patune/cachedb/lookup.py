@@ -36,22 +36,32 @@ def table() -> Table:
     return load(database_path())
 
 
+@functools.cache
+def shipped_table() -> Table:
+    """The shipped tables alone; read once per process."""
+    return Table(entry for _, entry in sorted(_shipped().items()))
+
+
 def reload() -> None:
-    """Make the next `table()` read the files again."""
+    """Make the next `table()` and `shipped_table()` read the files again."""
     table.cache_clear()
+    shipped_table.cache_clear()
 
 
 def load(user_database: Path) -> Table:
     """The table of one database over the shipped ones. A missing database is an empty one."""
-    found: dict[tuple, Entry] = {}
-    for path in sorted(SHIPPED_TABLES.glob("*.db")):
-        found.update((order(entry), entry) for entry in read(path, shipped=True))
+    found = _shipped()
     try:
         if user_database.exists():
             found.update((order(entry), entry) for entry in read(user_database))
     except (DatabaseError, OSError) as error:
         warnings.warn(f"patune goes on without the user's tuned configs: {error}", stacklevel=3)
     return Table(found[key] for key in sorted(found))
+
+
+def _shipped() -> dict[tuple, Entry]:
+    paths = sorted(SHIPPED_TABLES.glob("*.db"))
+    return {order(entry): entry for path in paths for entry in read(path, shipped=True)}
 
 
 def read(path: Path, *, shipped: bool = False) -> list[Entry]:

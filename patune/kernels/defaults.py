@@ -19,19 +19,22 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, in the geometric mean: 3.2% (d64), 4.9% and 5.2% (d128, pages of 16 and 64), 0.5%
-        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there.
-        splits = fit_splits(query["sm_count"] or 132, query) if query["batch_size"] else 1
+        # Behind the best of an H100's landscape, geometric mean: 2.5% (d64), 2.3% and 3.6% (d128, pages of 16 and 64), 0.9%
+        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there. Items
+        # of a ragged batch are taken one by one: level with dealing them out (d128, d256) or 2% faster (d64), and 5% beside an
+        # append that keeps some SMs for longer.
         small = query["head_dim"] <= 64
         issue = 2 if small or (query["page_size"] > 32 and not large) else 1
         stages = 3 if small else 2
-        return {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 1, "issue": issue, "num_splits": splits}
+        tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if query["ragged"] else 1, "issue": issue}
+        return {**tiles, "num_splits": prefill_splits(query) if query["batch_size"] else 1}
     if query["kernel"] == "prefill":
-        # Behind the best of an H100's landscape, geometric mean: 15% (d64), 23% (d128), 26% (d256). A third stage, or 128 rows at
-        # d256, would make that 6 to 10%, but needs more shared memory than every GPU has; the best for long prompts, 8 warps with
-        # at most 128 registers, spill on GPUs that are no Hopper.
-        warps = 8 if huge or query["q_dtype"] == "float32" else 4
-        return {"BLOCK_M": 32 if huge else 64, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
+        # Behind the best of an H100's landscape, geometric mean: 13% (d64), 17 and 20% (d128, pages of 16 and 64), 22% (d256). A
+        # third stage (d64, d128) or 128 rows (d256) would make that 3 to 10%, but needs more shared memory than every GPU has; the
+        # best for long prompts, 8 warps with at most 128 registers, spill on GPUs that are no Hopper.
+        rows, warps = 32 if huge else 64, 8 if huge or query["q_dtype"] == "float32" else 4
+        tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
+        return {**tiles, "num_splits": prefill_splits(query, rows) if query["batch_size"] else 1}
     if query["kernel"] == "decode_hopper":
         # A program an SM, clusters where they leave a third of the SMs busy: 1.3% (d64), 1.5% (d128), 0.2% (d256) and, with an fp8
         # cache, 2.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.
@@ -50,53 +53,79 @@ def default_config(query: dict) -> dict:
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
-def even_heads(q_heads_per_kv: int) -> int:
-    """Query heads of a KV head that can share a block of query rows without one to spare: a power of two of them, at most 16."""
-    return min(16, q_heads_per_kv & -q_heads_per_kv)
-
-
 def packed_heads(q_heads_per_kv: int, q_len: int) -> int:
     """Rows that each token has in an item of prefill_hopper, one for a query head of the item's KV head; at most 16.
 
     As many heads as divide 64 rows evenly. Or a row for all of them and more, which nobody needs, where that makes fewer items of
     128 rows from q_len new tokens.
     """
-    even, all_heads = even_heads(q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
+    even, all_heads = min(16, q_heads_per_kv & -q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
     items = lambda pack: -(-q_heads_per_kv // pack) * -(-q_len * pack // 128)
     return all_heads if all_heads <= 16 and items(all_heads) < items(even) else even
 
 
-def parts(sizes: dict) -> int:
-    """What num_splits cuts, at most a program each: the sequences' KV heads of a decode, a prefill's items of 128 query rows."""
-    kv_heads = (sizes["batch_size"] or 1) * (sizes["kv_heads"] or 8)
-    if sizes["kernel"] != "prefill_hopper":
-        return kv_heads
-    pack = packed_heads(sizes["q_heads_per_kv"], sizes["q_len"])
-    return kv_heads * -(-sizes["q_heads_per_kv"] // pack) * -(-sizes["q_len"] * pack // 128)
+def shared_heads(q_heads_per_kv: int, q_len: int, block_m: int) -> int:
+    """Query heads of a KV head that share block_m rows of the plain prefill, at most 16: as make the fewest blocks of q_len."""
+    blocks = lambda heads: q_heads_per_kv // heads * -(-q_len // (block_m // heads))
+    return min((n for n in range(min(16, block_m), 0, -1) if q_heads_per_kv % n == 0), key=blocks)
+
+
+def prefill_blocks(sizes: dict, block_m: int = 128) -> int:
+    """Blocks of query rows of a prefill, one a program: items of 128 rows of prefill_hopper, block_m rows of the plain template."""
+    group, q_len = sizes["q_heads_per_kv"], sizes["q_len"]
+    rows = packed_heads(group, q_len) if sizes["kernel"] == "prefill_hopper" else shared_heads(group, q_len, block_m)
+    return _kv_heads(sizes) * -(-group // rows) * -(-q_len // (block_m // rows))
+
+
+def prefill_splits(query: dict, block_m: int = 128) -> int:
+    """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys.
+
+    Blocks run in waves, a program an SM, or two of the plain template's smaller ones. Time is in keys that a block walks: one takes
+    13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part
+    and have it joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel 256; HBM brings the keys of 60
+    blocks in the time of one, of the plain template 90. With the best tiles, on the workloads of a landscape with more than one
+    number of splits, behind the best number in the geometric mean: 0% and 2.4% (prefill_hopper, an H100 and an H200, 15 each),
+    1.0% and 0% (plain).
+    """
+    plain = query["kernel"] == "prefill"
+    small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14
+    at_once = (query["sm_count"] or 132) * (2 if small else 1)
+    keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)
+    read = _kv_heads(query) * keys / (90 if plain else 60)
+
+    def end(splits: int) -> float:
+        walk = -(-blocks * splits // at_once) * (keys / splits + (128 if splits == 1 else 563))
+        return max(walk, read) + (0 if splits == 1 else 256)
+
+    best = min((splits for splits in PREFILL_SPLITS if splits == 1 or splits * 512 <= keys), key=end)
+    return best if end(best) < 0.95 * end(1) else 1  # scratch of all rows for each split is not worth less
+
+
+def _kv_heads(sizes: dict) -> int:
+    """KV heads of all sequences."""
+    return (sizes["batch_size"] or 1) * (sizes["kv_heads"] or 8)
 
 
 def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) -> int:
-    """Splits so that at most `programs` run: of a decode none with less than `tokens` and at least `ragged` of a ragged one, of a
-    prefill none with less than 512."""
-    wanted = programs // parts(query)
-    if query["kernel"] == "prefill_hopper":
-        wanted, tokens = min(wanted, PREFILL_SPLITS[-1]), 512  # less is not worth joining
-    elif query["ragged"]:  # one split would leave the longest sequence to one program
+    """Splits of a decode so that at most `programs` run, none with less than `tokens`, and at least `ragged` of a ragged batch."""
+    wanted = programs // _kv_heads(query)
+    if query["ragged"]:  # one split would leave the longest sequence to one program
         wanted = max(wanted, ragged)
     wanted = min(wanted, (query["kv_len"] or 1 << 30) // tokens)
     return max(splits for splits in SPLITS if splits <= max(1, wanted))
 
 
 def adapt(entry: dict, query: dict) -> dict:
-    """The config of a table entry for another workload or GPU: an SM gets as many programs, so the splits change."""
+    """The config of a table entry for another workload or GPU: of a decode an SM gets as many programs, so the splits change; those
+    of a prefill follow from its blocks."""
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
-        measured = parts(query | {size: entry[size] for size in ("batch_size", "kv_heads", "q_len")})
-        sms = query["sm_count"] or entry["sm_count"]
-        programs = config["num_splits"] * measured * sms // entry["sm_count"]
-        if query["kernel"] == "prefill_hopper":  # a program an SM takes all items
-            programs = min(programs, sms)
-        config["num_splits"] = fit_splits(programs, query)
+        if query["kernel"] in ("prefill", "prefill_hopper"):
+            config["num_splits"] = prefill_splits(query, config.get("BLOCK_M", 128))
+        else:
+            sms = query["sm_count"] or entry["sm_count"]
+            programs = config["num_splits"] * _kv_heads(query | {size: entry[size] for size in ("batch_size", "kv_heads")})
+            config["num_splits"] = fit_splits(programs * sms // entry["sm_count"], query)
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
         config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
     return config

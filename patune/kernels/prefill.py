@@ -3,14 +3,19 @@
 One program takes BLOCK_M rows, the query heads of a KV head side by side for each of a few tokens, and walks the sequence's keys,
 BLOCK_N at a time, gathered through the page table. Query blocks of a ragged batch form one list, cut on the device, so padding
 costs no program beyond one early exit; within a sequence the last block, which has the most keys, goes first. One loop takes all
-tiles, and only those on the diagonal (and on a window's left edge) pay for hiding logits.
+tiles, and only those on the diagonal (and on a window's left edge) pay for hiding logits. Where blocks are fewer than SMs,
+or their last wave nearly empty, a block's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from ..workload import Key, Workload
-from .defaults import default_config, even_heads, query_of
+from .defaults import PREFILL_SPLITS, default_config, fit, query_of, shared_heads
+from .device import supports_pdl
+from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_space import far_from_even
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
 from .sizes import ceil_div, exceeds_registers, next_power_of_2
@@ -102,26 +107,30 @@ def attend(
 
 
 @triton.jit(
-    do_not_specialize=["batch_size", "window"],
-    do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
+    do_not_specialize=["batch_size", "window", "all_tokens"],
+    do_not_specialize_on_alignment=["num_splits", "qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )
 def prefill_attention(
     q_ptr, k_ptr, v_ptr, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr,
     sinks_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr,
-    sm_scale, v_scale, soft_cap, window, batch_size, q_heads,
+    sm_scale, v_scale, soft_cap, window, batch_size, q_heads, num_splits, all_tokens,
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kh, stride_vp, stride_vh, stride_ot, stride_oh, stride_od,
     STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (q_heads / PACK * query blocks,): blocks that read the same keys, those of all heads of a group, run side by side.
+    """Grid (num_splits * q_heads / PACK * query blocks,): blocks that read the same keys run side by side.
 
-    PACK heads of a group are rows of one block, so that it reaches BLOCK_M / PACK tokens past the diagonal, not BLOCK_M.
+    out and lse, [num_splits * all_tokens, q_heads, ...], have the rows of split s from s * all_tokens on.
+
+    PACK heads of a group are rows of one block, so that it reaches BLOCK_M // PACK tokens past the diagonal, not BLOCK_M. The rows
+    that PACK leaves over are nobody's.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
-    first_head = tl.program_id(0) % (q_heads // PACK) * PACK
-    item = tl.program_id(0) // (q_heads // PACK)
+    split = tl.program_id(0) % num_splits
+    first_head = tl.program_id(0) // num_splits % (q_heads // PACK) * PACK
+    item = tl.program_id(0) // num_splits // (q_heads // PACK)
     b = 0
     first_item = 0
     if batch_size > 1:
@@ -141,7 +150,10 @@ def prefill_attention(
     tokens = first_token + rows // PACK
     offs_d = tl.arange(0, BLOCK_D)
     q_ptr += (q_start + first_token).to(tl.int64) * stride_qt + first_head * stride_qh
-    q_mask = (tokens < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    row_mask = tokens < q_len
+    if TOKENS * PACK < BLOCK_M:
+        row_mask = row_mask & (rows < TOKENS * PACK)
+    q_mask = row_mask[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + (rows // PACK * stride_qt + rows % PACK * stride_qh)[:, None] + offs_d[None, :] * stride_qd,
                 mask=q_mask, other=0.0)  # fmt: skip  # [BLOCK_M, BLOCK_D]
     qk_scale = sm_scale
@@ -173,8 +185,11 @@ def prefill_attention(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_N)
+    stop = start + tiles * (split + 1) // num_splits * BLOCK_N
+    start += tiles * split // num_splits * BLOCK_N
     page = page_ids(page_ids_ptr, start, pages, PAGE_SIZE, BLOCK_N)
-    for n in range(start, end, BLOCK_N):
+    for n in range(start, stop, BLOCK_N):
         m, l, acc = attend(
             q, m, l, acc, k_ptr, v_ptr, page, n, end, inner_start, inner_end, last_key, qk_scale, exponent, soft_cap, window,
             stride_kp, stride_vp, STRIDE_KT, STRIDE_VT,
@@ -183,18 +198,22 @@ def prefill_attention(
         page = page_ids(page_ids_ptr, n + BLOCK_N, pages, PAGE_SIZE, BLOCK_N)  # a whole tile ahead of the loads that need them
 
     if sinks_ptr is not None:
-        m, l, alpha = add_sink(tl.load(sinks_ptr + first_head + rows % PACK).to(tl.float32), m, l)
+        sink = tl.load(sinks_ptr + first_head + rows % PACK).to(tl.float32)
+        m, l, alpha = add_sink(tl.where(split == 0, sink, float("-inf")), m, l)
         acc *= alpha[:, None]
     if v_scale_ptr is not None:
         v_scale *= tl.load(v_scale_ptr)
     o = acc * (v_scale / tl.where(l == 0.0, 1.0, l))[:, None]
-    out_ptr += (q_start + first_token).to(tl.int64) * stride_ot + first_head * stride_oh
+    slot = (split * all_tokens + q_start + first_token).to(tl.int64)
+    out_ptr += slot * stride_ot + first_head * stride_oh
     row_mask = rows // PACK < q_len - first_token  # q's mask, computed anew: it would take registers all the way through the loop
+    if TOKENS * PACK < BLOCK_M:
+        row_mask = row_mask & (rows < TOKENS * PACK)
     tl.store(out_ptr + (rows // PACK * stride_ot + rows % PACK * stride_oh)[:, None] + offs_d[None, :] * stride_od,
              o.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_d < HEAD_DIM)[None, :])  # fmt: skip
     if lse_ptr is not None:
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E)
-        lse_ptr += (q_start + first_token).to(tl.int64) * q_heads + first_head
+        lse_ptr += slot * q_heads + first_head
         tl.store(lse_ptr + rows // PACK * q_heads + rows % PACK, lse, mask=row_mask)
 
 
@@ -204,9 +223,11 @@ TUNABLES = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),  # tiles in flight
     "maxnreg": (0, 128),  # registers a thread; 0 lets ptxas choose, 128 lets an SM hold two programs of 8 warps
+    "num_splits": PREFILL_SPLITS,  # parts of a block's keys, where blocks do not fill waves of programs
 }
 JIT_FUNCTIONS = (
-    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, softmax_step, attend, prefill_attention
+    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, softmax_step, attend, prefill_attention,
+    prefill_reduce,
 )  # fmt: skip
 BLOCK_B = 128  # sequences looked at together when query blocks are counted
 
@@ -215,33 +236,41 @@ def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
     qo_indptr, max_q_len, sm_scale, causal=True, window=None, soft_cap=None, sinks=None, k_scale=None, v_scale=None, v_factor=1.0,
 ) -> list[Launch]:  # fmt: skip
-    """The launch of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
+    """The launches of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
     group = q_heads // cache.kv_heads
-    pack = even_heads(group)
+    pack = shared_heads(group, max_q_len, block_m)
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
-    blocks = min(tokens * pack // block_m + batch_size, ceil_div(max_q_len * pack, block_m) * batch_size)
-    block_d = max(16, next_power_of_2(head_dim))
-    return [Launch(prefill_attention, (q_heads // pack * blocks,), dict(
+    blocks = min(tokens // (block_m // pack) + batch_size, ceil_div(max_q_len, block_m // pack) * batch_size)
+    block_d, num_splits = max(16, next_power_of_2(head_dim)), config["num_splits"]
+    attended, attended_lse = out, lse
+    if num_splits > 1:
+        attended = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)
+        attended_lse = torch.empty(num_splits * tokens, q_heads, dtype=torch.float32, device=q.device)
+    attend = Launch(prefill_attention, (num_splits * q_heads // pack * blocks,), dict(
         q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
         kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
-        out_ptr=out, lse_ptr=lse, sm_scale=sm_scale, v_scale=v_factor, soft_cap=soft_cap or 0.0, window=window or 0,
-        batch_size=batch_size, q_heads=q_heads,
+        out_ptr=attended, lse_ptr=attended_lse, sm_scale=sm_scale, v_scale=v_factor if num_splits == 1 else 1.0,
+        soft_cap=soft_cap or 0.0, window=window or 0,
+        batch_size=batch_size, q_heads=q_heads, num_splits=num_splits, all_tokens=tokens,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
         stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], STRIDE_KT=cache.k_strides[2],
         stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], STRIDE_VT=cache.v_strides[2],
-        stride_ot=out.stride(0), stride_oh=out.stride(1), stride_od=out.stride(2),
+        stride_ot=attended.stride(0), stride_oh=attended.stride(1), stride_od=attended.stride(2),
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, PACK=pack, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
         BLOCK_M=block_m, BLOCK_N=config["BLOCK_N"], BLOCK_D=block_d, BLOCK_B=BLOCK_B,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
         **({"maxnreg": config["maxnreg"]} if config["maxnreg"] else {}),
-    ))]  # fmt: skip
+    ))  # fmt: skip
+    if num_splits == 1:
+        return [attend]
+    return [attend, reduce_launch(qo_indptr, attended, attended_lse, out, lse, num_splits, v_factor, supports_pdl())]
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or its rows do not fill its warps."""
-    block_m, block_n, warps, stages, maxnreg = (config[name] for name in TUNABLES)
+    block_m, block_n, warps, stages, maxnreg, splits = (config[name] for name in TUNABLES)
     row_bytes = max(16, next_power_of_2(key.head_dim)) * 2
     huge = key.head_dim > 256
     q_rows = block_m if huge and block_m >= 64 else 0  # elsewhere q may live in registers
@@ -255,6 +284,8 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "without a bound on registers a program of 8 warps is alone on an SM"
     if key.head_dim <= 128 and warps == 8 and block_n < 64:  # 2.8% behind the best at least, on each of 51 workloads of an H100
         return "too few keys for 8 warps"
+    if why := far_from_even(splits, query_of(key, workload), block_m):
+        return why
     if not huge and (block_m < 64 or block_n < 32):
         return "too few rows for wgmma, or too few keys"
     if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):
@@ -271,9 +302,10 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
 TEMPLATE = Template(
     name="prefill",
     tunables=TUNABLES,
-    runtime=frozenset(),
+    runtime=frozenset({"num_splits"}),
     invalid=invalid,
     default=lambda key, workload: default_config(query_of(key, workload)),
     problem=lambda key, workload, **kw: AttentionProblem(launches, key, workload, **kw),
     jit_functions=JIT_FUNCTIONS,
+    fit=fit,
 )

@@ -12,9 +12,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, parts, query_of
+from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, query_of
 from .device import device_of
-from .prefill_reduce_jit import prefill_reduce
+from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_space import far_from_even
 from .problem import AttentionProblem
 from .registry import candidates
 from .sizes import ceil_div
@@ -31,7 +32,7 @@ TUNABLES = {
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
     "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
     "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
-    "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items are fewer than SMs
+    "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items do not fill waves of programs
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
@@ -92,12 +93,7 @@ def launches(
     ))  # fmt: skip
     if num_splits == 1:
         return [attend]
-    return [attend, Launch(prefill_reduce, (tokens * q_heads,), dict(
-        qo_indptr_ptr=qo_indptr, partial_ptr=attended, partial_lse_ptr=attended_lse, out_ptr=out, lse_ptr=lse, v_scale=v_factor,
-        num_splits=num_splits, batch_size=batch_size, all_tokens=tokens, q_heads=q_heads,
-        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, BLOCK_S=TUNABLES["num_splits"][-1], PDL=True,
-        num_warps=2, launch_pdl=True,
-    ))]  # fmt: skip
+    return [attend, reduce_launch(qo_indptr, attended, attended_lse, out, lse, num_splits, v_factor, pdl=True)]
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:
@@ -110,14 +106,7 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "tiles in flight exceed shared memory"
     if key.head_dim <= 128 and stages * block_n < 256:
         return "a ring holds less than 256 tokens"
-    programs = splits * parts(query_of(key, workload))
-    if splits > 1 and splits * 256 > workload.kv_len:
-        return "less than 256 keys a split"
-    if splits > 1 and programs > 2 * key.sm_count:
-        return "more than 2 items an SM"
-    if programs * 3 < key.sm_count and splits < TUNABLES["num_splits"][-1] and splits * 1024 <= workload.kv_len:
-        return "leaves most SMs idle"
-    return None
+    return far_from_even(splits, query_of(key, workload))
 
 
 TEMPLATE = Template(

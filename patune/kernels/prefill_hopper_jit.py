@@ -77,9 +77,10 @@ def sequences(batch, start, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B
 @gluon.jit
 def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
     """How many query blocks of the batch have a level above `level`, and one more than the highest level."""
+    _, _, _, batch_size = batch
     count = 0
     levels = 0
-    for start in range(0, batch[3], BLOCK_B):
+    for start in range(0, batch_size, BLOCK_B):
         blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
         count += gl.sum(gl.minimum(gl.maximum(blocks - (level + 1 - first) * PACK, 0), blocks), 0)
         levels = gl.maximum(levels, gl.max(first + (blocks + PACK - 1) // PACK, 0))
@@ -116,12 +117,13 @@ def find_block(x, heads, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.
             before = count
         else:
             low = middle
+    _, _, _, batch_size = batch
     b = 0
     first_block = 0
     blocks_here = 0  # of the sequence, at this level
     place = 0  # among the sequence's items of this level
     rank = x - before * heads  # among all of this level
-    for start in range(0, batch[3], BLOCK_B):
+    for start in range(0, batch_size, BLOCK_B):
         blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
         skipped = (high - first) * PACK
         here = gl.where(skipped >= 0, gl.minimum(gl.maximum(blocks - skipped, 0), PACK), 0)

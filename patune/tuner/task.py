@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..cachedb import lookup
 from ..cachedb.store import Store
 from ..cachedb.trial import Trial
+from ..kernels.config import find
+from ..kernels.defaults import query_of
 from ..kernels.template import Template, Values
 from ..workload import Key, Workload
 from .accept import replaces
@@ -86,8 +89,7 @@ class Task:
         points = item.points()
         self.default = item.template.default(self.key, self.workload)
         self._allowed = {self._point(config) for config in [*points, self.default]}
-        entry = store.incumbent(self.key, self.workload)
-        self.incumbent = entry["config"] if entry and self._usable(entry["config"]) else self.default
+        self.incumbent = next(filter(self._usable, self._served()), self.default)
         self.champion: Values = self.incumbent  # and what has beaten it since
         self.known = self._known()
         elsewhere = transferred(item.template, self.key, self.workload, winners, self._usable)
@@ -146,6 +148,17 @@ class Task:
     @property
     def default_us(self) -> float | None:
         return self._default_us()
+
+    def _served(self) -> Iterator[Values]:
+        """What calls run before this: the database's own config, else what the tables that ship with patune answer.
+
+        A replay starts from the default: the tables are what its landscape was searched for.
+        """
+        if entry := self.store.incumbent(self.key, self.workload):
+            yield entry["config"]
+        if self.runner.mode == "measured":
+            query = query_of(self.key, self.workload) | {"capability": self.runner.environment.capability}
+            yield dict(find(query, table=lookup.shipped_table()))
 
     def _known(self) -> dict[Point, Trial]:
         """What was measured before: in a replay only what others share, as a replay costs nothing and is never half done."""

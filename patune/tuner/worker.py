@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ..cachedb.trial import Environment
-from ..kernels.template import Launch, Problem, Values
+from ..kernels.template import Problem, Values
 from ..workload import Key, Workload
 from . import timing
 from .compile import summary
@@ -93,30 +93,28 @@ class _Bench:
         try:
             first, *others = [problem.launches(config, r) for r in range(problem.sets)]
             problem.poison(0)
-            for launch in first:
-                launch.run()
+            calls = [launch.again(launch.run()) for launch in first]
             self.clock.synchronize()
             error = problem.error(0)
             if not error <= problem.tolerance:
                 message = f"relative error {error:.2g}, {problem.tolerance:g} is allowed"
                 self.pipe.send(("checked", i, "wrong_answer", error, message))
                 return None
-            later = [launch for launches in others for launch in launches]
-            for launch in later:  # a set that specialises differently must not compile under capture
-                launch.run()
-            every = [*first, *later]
-            together = [first, *others] if problem.flops >= LONG_FLOPS else [every * self._repeats(every)]
-            replays = [self.clock.capture([launch.run for launch in launches]) for launches in together]
+            # A set that specialises differently must not compile under capture.
+            sets = [calls, *([launch.again(launch.run()) for launch in launches] for launches in others)]
+            every = [call for calls in sets for call in calls]
+            together = sets if problem.flops >= LONG_FLOPS else [every * self._repeats(every)]
+            replays = [self.clock.capture(calls) for calls in together]
         except Exception as failure:  # noqa: BLE001  whatever it is, it is the outcome
             self._report_failure(i, failure, error)
             return None
         self.pipe.send(("checked", i, "ok", error, ""))
         return replays
 
-    def _repeats(self, every: list[Launch]) -> int:
-        """How often a sample makes the launches of all sets, the same for all configs: as often as makes it SAMPLE_US long."""
+    def _repeats(self, every: list[timing.Call]) -> int:
+        """How often a sample makes the calls of all sets, the same for all configs: as often as makes it SAMPLE_US long."""
         if self.repeats is None:
-            once = self.clock.capture([launch.run for launch in every])
+            once = self.clock.capture(every)
             self.repeats = math.ceil(SAMPLE_US / min(SAMPLE_US, *self.clock.lap(once, [once] * 3)))
         return self.repeats
 

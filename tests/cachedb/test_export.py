@@ -25,7 +25,7 @@ TABLE = [
         kernel="prefill",
         q_len=2048,
         kv_len=2048,
-        config={"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 0},
+        config={"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 0, "num_splits": 1},
     ),
     entry(kernel="prefill", q_len=4096, kv_len=4096, config={"BLOCK_M": 128, "num_warps": 8}),  # passed over: no BLOCK_N
     entry(

@@ -71,7 +71,7 @@ def test_building_the_launches_of_a_prefill_allocates_and_takes_views_only(case)
     kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
     call = ops.prefill_call(
         batch.q, *kv, batch.qo_indptr, *batch.pages, out, lse, 0.1, case.layout, max(case.q_lens), True, case.window, case.soft_cap,
-        sinks, one, one, 1.0, [64, 64, 4, 2, 0],
+        sinks, one, one, 1.0, [64, 64, 4, 2, 0, 2],
     )  # fmt: skip
     with OnlyScratchAndViews():
         assert call.build(*call.tensors)

@@ -10,7 +10,7 @@ from paged import Batch, Case, assert_close, cases, check_decode, check_prefill
 import patune
 
 pytestmark = needs_interpreter
-TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0)
+TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0, num_splits=1)
 SPLIT = dict(BLOCK_N=16, num_warps=4, num_stages=2, num_splits=3)
 FAR = 2**31  # elements; an int32 offset wraps here
 

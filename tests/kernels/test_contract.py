@@ -14,7 +14,7 @@ from patune.kernels import api, decode, device, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLIT = dict(BLOCK_N=16, num_warps=4, num_stages=2, num_splits=3)
-TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0)
+TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0, num_splits=1)
 ATTENTION = (patune.paged_decode, patune.paged_prefill, patune.paged_attention_with_cache)
 PUBLIC = (*ATTENTION, patune.append_paged_kv_cache, patune.merge_states, patune.get_batch_indices_positions)
 

@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 from patune.cachedb import lookup
 from patune.kernels import prefill_hopper
 from patune.kernels.config import find, query_for
-from patune.kernels.defaults import SPLITS, adapt, default_config, fit_splits, packed_heads, parts
+from patune.kernels.defaults import (
+    SPLITS,
+    adapt,
+    default_config,
+    fit_splits,
+    packed_heads,
+    prefill_blocks,
+    prefill_splits,
+    shared_heads,
+)
 
 
 def query(**changes):
@@ -41,18 +50,37 @@ def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, ragged):
     assert config["cluster"] == (config["num_splits"] if config["num_splits"] in (1, 2, 4, 8) and not ragged else 1)
 
 
-@given(st.integers(1, 300), st.integers(1, 4096), st.integers(0, 1 << 17), st.integers(1, 32), st.booleans())
-def test_a_prefill_is_split_where_its_items_leave_sms_idle(batch_size, q_len, prefix, group, ragged):
-    """As many items as fit the SMs, each of 512 keys or more, and never one split too few by half."""
+@given(
+    st.integers(1, 300), st.integers(1, 4096), st.integers(0, 1 << 17), st.integers(1, 32), st.booleans(),
+    st.sampled_from(("prefill", "prefill_hopper")),
+)  # fmt: skip
+def test_a_prefill_is_split_only_where_its_last_wave_ends_earlier(batch_size, q_len, prefix, group, ragged, kernel):
+    """Parts of 512 keys or more, which together take fewer waves than the whole blocks."""
     sizes = query(
-        kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, ragged=ragged
-    )
-    splits = default_config(sizes | dict(head_dim=128, page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16"))["num_splits"]
+        kernel=kernel, batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, ragged=ragged,
+        head_dim=128, page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16",
+    )  # fmt: skip
+    config = default_config(sizes)
+    splits, blocks = config["num_splits"], prefill_blocks(sizes, config.get("BLOCK_M", 128))
     assert splits in prefill_hopper.TUNABLES["num_splits"]
-    items = parts(sizes)
-    assert items >= batch_size * 8 * q_len * group / 128
-    assert splits == 1 or (splits * items <= 132 and splits * 512 <= prefix + q_len)
-    assert splits == 16 or 2 * splits * items > 132 or 2 * splits * 512 > prefix + q_len
+    assert blocks >= batch_size * 8 * q_len * group / config.get("BLOCK_M", 128)
+    programs = 132 if kernel == "prefill_hopper" else 264
+    assert splits == 1 or (splits * 512 <= prefix + q_len and -(-blocks * splits // programs) < splits * -(-blocks // programs))
+
+
+@given(st.integers(513, 4096), st.integers(15, 17))
+def test_a_long_prefix_leaves_no_wave_almost_empty(q_len, log_kv_len):
+    """A chunk whose items are a few more than the SMs takes 15% more than full waves would, not up to twice as much."""
+    sizes = query(kernel="prefill_hopper", batch_size=1, q_len=q_len, kv_len=1 << log_kv_len, q_heads_per_kv=4, head_dim=128)
+    splits, blocks = prefill_splits(sizes), prefill_blocks(sizes)
+    waves, full = -(-blocks * splits // 132) / splits, blocks / 132
+    assert waves <= 1.15 * full + 0.25
+
+
+def test_few_items_of_many_keys_are_split_to_fill_the_sms():
+    for batch_size, q_len, kv_len in ((1, 16, 8192), (1, 64, 4096), (2, 32, 16384), (1, 128, 32768)):
+        sizes = query(kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=kv_len, q_heads_per_kv=4, head_dim=128)
+        assert 132 / 2 < prefill_blocks(sizes) * prefill_splits(sizes) <= 132
 
 
 @given(st.integers(1, 40), st.integers(1, 5000))
@@ -66,20 +94,23 @@ def test_rows_of_no_head_only_where_they_make_fewer_items(group, q_len):
     assert group % pack == 0 or (pack > group and items(pack) < min(map(items, divisors)))
 
 
-@given(st.sampled_from((1, 2, 4, 8)), st.sampled_from((64, 128, 512)))
-def test_a_neighbour_s_prefill_keeps_its_items(batch_size, q_len):
-    """Measured with 8 splits of the 8 items of 32 tokens."""
-    sizes = query(kernel="prefill_hopper", q_heads_per_kv=4, kv_len=1 << 16)
-    entry = sizes | dict(config={"num_splits": 8}, batch_size=1, q_len=32)
-    config = adapt(entry, sizes | dict(batch_size=batch_size, q_len=q_len))
-    assert config["num_splits"] == max(1, 8 * 32 // (batch_size * q_len))
-    assert adapt(entry, sizes | dict(q_len=q_len, kv_len=q_len))["num_splits"] == 1
+@given(st.integers(1, 40), st.integers(1, 5000), st.sampled_from((16, 32, 64, 128)))
+def test_heads_share_a_block_where_that_makes_fewer(group, q_len, block_m):
+    """All heads have a block, a block has rows for each of its heads, and no other division makes fewer blocks."""
+    heads = shared_heads(group, q_len, block_m)
+    assert group % heads == 0 and 1 <= heads <= block_m
+    blocks = lambda heads: group // heads * -(-q_len // (block_m // heads))
+    assert blocks(heads) == min(blocks(n) for n in range(1, 17) if group % n == 0)
 
 
-def test_a_neighbour_with_items_for_all_sms_says_nothing_about_splits():
-    """Half of its items are still more than SMs, and are not cut in two."""
-    sizes = query(kernel="prefill_hopper", q_heads_per_kv=4, kv_len=4096, q_len=4096)
-    assert adapt(sizes | dict(config={"num_splits": 1}, batch_size=8), sizes | dict(batch_size=4))["num_splits"] == 1
+@given(st.sampled_from((1, 2, 4, 8)), st.sampled_from((64, 128, 512, 4096)), st.sampled_from((1, 8)))
+def test_a_neighbour_s_prefill_has_the_splits_of_its_own_blocks(batch_size, q_len, measured):
+    """Whatever the neighbour had: many blocks of one are no reason to cut fewer of another, nor few to cut more."""
+    sizes = query(kernel="prefill", q_heads_per_kv=4, kv_len=1 << 15, head_dim=128)
+    entry = sizes | dict(config={"BLOCK_M": 128, "num_splits": measured}, batch_size=1, q_len=32)
+    asked = sizes | dict(batch_size=batch_size, q_len=q_len)
+    assert adapt(entry, asked) == {"BLOCK_M": 128, "num_splits": prefill_splits(asked, 128)}
+    assert q_len < 4096 or adapt(entry, asked)["num_splits"] == 1
 
 
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():

@@ -5,13 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patune.kernels.prefill_reduce_jit import prefill_reduce
+from patune.kernels.sizes import next_power_of_2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK_S = 16
 
 
 @given(
-    st.integers(1, BLOCK_S), st.integers(1, 5), st.integers(0, 3), st.sampled_from((1, 3, 8)), st.sampled_from((64, 128)),
+    st.integers(1, BLOCK_S), st.integers(1, 5), st.integers(0, 3), st.sampled_from((1, 3, 8)), st.sampled_from((64, 80, 128)),
     st.floats(0.0, 1.0), st.integers(0, 1000),
 )  # fmt: skip
 def test_joined_splits_are_attention_over_all_keys(num_splits, tokens, spare, heads, head_dim, empty, seed):
@@ -34,7 +35,7 @@ def test_joined_splits_are_attention_over_all_keys(num_splits, tokens, spare, he
     qo_indptr = torch.tensor([0, 1, tokens], dtype=torch.int32, device=DEVICE)
     prefill_reduce[(rows * heads,)](
         qo_indptr, partial.to(DEVICE), partial_lse.to(DEVICE), out, lse, 0.5, num_splits, 2, rows, heads,
-        out.stride(0), out.stride(1), HEAD_DIM=head_dim, BLOCK_S=BLOCK_S, PDL=False,
+        *out.stride(), HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_S=BLOCK_S, PDL=False,
     )  # fmt: skip
     torch.testing.assert_close(out[:tokens].cpu(), want[:tokens], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lse[:tokens].cpu(), want_lse[:tokens], rtol=1e-4, atol=1e-4)

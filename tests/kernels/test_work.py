@@ -10,7 +10,7 @@ from patune.kernels.cache import paged_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLIT = dict(BLOCK_N=16, num_warps=4, num_stages=2, num_splits=3)
-TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0)
+TILES = dict(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2, maxnreg=0, num_splits=1)
 
 
 def test_the_split_count_comes_from_the_sequences_not_from_the_pool(launched):

@@ -65,12 +65,24 @@ def test_the_estimate_is_nothing_for_a_space_that_was_evaluated_and_takes_later_
     assert later["extrapolated_rest_s"] == pytest.approx(9 * later["median_s_without"])
 
 
+def test_where_every_evaluation_compiled_one_is_repeated_for_the_rate_of_the_others():
+    subject, evaluated = made()
+    autotuned(subject, WORKLOADS)[None](WORKLOADS[0])
+    log = [*subject.log]
+    subject.repeat()
+    assert subject.log == log and len(evaluated) == len(log) + 1
+    summary = kernel_summary(subject, WORKLOADS)
+    assert summary["median_s_without"] == subject.repeated_s
+    assert summary["extrapolated_rest_s"] == pytest.approx(9 * subject.repeated_s)
+
+
 def test_small_spaces_come_first():
     """What they leave of their time is the others', whose variants compile for long."""
     keys = [Key(kernel, "", 132, 128, 16, group) for kernel, group in (("decode", 4), ("prefill_hopper", 4), ("append", 1))]
-    order = turns({key: standard_workloads(key.kernel, 8) for key in keys})
+    standard = lambda key: standard_workloads(key.kernel.split("_")[0], 8)
+    order = turns({key: standard(key) for key in keys})
     size = lambda key, workload: len(valid_points(template(key.kernel), key, workload))
     assert [key.kernel for key, _ in order] == ["append", "prefill_hopper", "decode"]
     for key, workloads in order:
-        assert sorted(workloads) == sorted(standard_workloads(key.kernel, 8))
+        assert sorted(workloads) == sorted(standard(key))
         assert [size(key, w) for w in workloads] == sorted(size(key, w) for w in workloads)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from patune.cachedb import landscape
+from patune.cachedb import landscape, lookup
 from patune.cachedb.store import Store
 from patune.cachedb.trial import Trial
 from patune.errors import WorkerError
@@ -80,6 +80,31 @@ def test_incumbent_stays_unless_beaten(store):
     (second,), _ = run(store, runner, trials=None)
     assert second.config == first.config
     assert runner.batches[0][0] == first.config
+
+
+def test_what_ships_is_the_incumbent_where_the_database_has_none(store, tmp_path, monkeypatch):
+    """Tuning must not make a call slower than it was without: the shipped config stays unless it is beaten. A replay knows none."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    monkeypatch.setattr(lookup, "SHIPPED_TABLES", folder)
+    lookup.reload()
+    item = Item(TEMPLATE, replace(KEY, kernel="mine:TEMPLATE"), WORKLOAD)
+
+    def first_reference(runner, store):
+        (result,) = tune(Items([item]), Threads([runner], ["0"]), store, trials=16, on_event=lambda event: None)
+        return runner.batches[0][0], result
+
+    assert first_reference(FormulaRunner(), store)[0] == DEFAULT
+    with Store.open(folder / "h100.db") as shipped:
+        tune(Items([item]), Threads([FormulaRunner(noise=0.001)], ["0"]), shipped, trials=None, on_event=lambda event: None)
+    lookup.reload()
+    with Store.open(tmp_path / "fresh.db") as fresh:
+        reference, result = first_reference(FormulaRunner(noise=0.03), fresh)
+    assert reference == result.config == OPTIMUM
+    replayed = FormulaRunner()
+    replayed.mode = "replay"
+    with Store.open(tmp_path / "replay.db") as fresh:
+        assert first_reference(replayed, fresh)[0] == DEFAULT
 
 
 def test_incumbent_slower_than_the_default_goes(store):
