@@ -1,6 +1,7 @@
 """Two tunings of one GPU agree, though their times scatter as they did when they were recorded."""
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -30,11 +31,12 @@ def test_two_tunings_agree_within_1_percent_on_95_percent_of_the_workloads(tunin
 
 
 def test_no_workload_is_slower_than_its_default_by_more_than_the_noise(tunings):
-    """By the recorded times of what was chosen."""
+    """By the recorded times of what was chosen; the noise is 1%, or what the default's own rounds scatter where the clock moved."""
     for found in tunings:
         for (key, workload), (_, us) in found.items():
-            default = tuple(H100.default(key, workload)[name] for name in H100.tunables(key))
-            assert us <= 1.01 * H100.trials(key, workload)[default].us
+            default = H100.trials(key, workload)[tuple(H100.default(key, workload)[name] for name in H100.tunables(key))]
+            noise = statistics.stdev(default.samples_us) / statistics.fmean(default.samples_us)
+            assert us <= (1 + max(0.01, noise)) * default.us
 
 
 def test_a_disagreement_is_another_config_of_another_time():
