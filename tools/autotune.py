@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,11 +37,12 @@ from triton.runtime.jit import KernelInterface
 from patune.kernels.registry import template
 from patune.kernels.template import Launch, Template, Values
 from patune.tuner.gpu import GpuRunner
-from patune.tuner.space import Point, valid_points, variant
+from patune.tuner.space import valid_points
 from patune.tuner.task import FINAL_ROUNDS
 from patune.workload import Key, Workload
 
 Benchmark = Callable[..., list[float]]
+Kernels = Callable[[list[Launch]], Set]
 
 
 class TimeIsUp(Exception):
@@ -52,7 +53,17 @@ class Evaluation(NamedTuple):
     workload: Workload
     config: Values
     seconds: float  # compiling, if it had to be, and timing
-    new: bool  # the first of its variant
+    new: bool  # it had to be compiled
+
+
+def compiled_kernels(launches: list[Launch]) -> Set:
+    """What tells the kernels of these launches from others, as Triton's JIT does."""
+    found = set()
+    for launch in launches:
+        *_, bind = launch.fn.device_caches[driver.active.get_current_device()]
+        _, specialization, options = bind(**launch.args)
+        found.add((launch.fn, str(specialization), str(options)))
+    return found
 
 
 class Call(KernelInterface):
@@ -60,14 +71,16 @@ class Call(KernelInterface):
 
     arg_names = ("workload",)
 
-    def __init__(self, key: Key, *, device: str, ends: float, benchmark: Benchmark | None = None):
+    def __init__(
+        self, key: Key, *, device: str, ends: float, benchmark: Benchmark | None = None, kernels: Kernels = compiled_kernels
+    ):
         self.key, self.template = key, template(key.kernel)
         self.fn = self.template.jit_functions[-1]  # triton.autotune wants the name of a function
-        self.ends, self.benchmark = ends, benchmark
+        self.ends, self.benchmark, self.kernels = ends, benchmark, kernels
         self.log: list[Evaluation] = []
         self.repeated_s: float | None = None  # of one that had been evaluated before
         self.problem = functools.lru_cache(maxsize=1)(lambda workload: self.template.problem(key, workload, device=device, sets=1))
-        self._variants: set[Point] = set()
+        self._compiled: set = set()
         self._prepared: tuple[Workload, Values] | None = None
         self._launches: list[Launch] = []
 
@@ -89,9 +102,9 @@ class Call(KernelInterface):
         finally:
             assert self._prepared
             workload, config = self._prepared
-            kind = variant(self.template, config)
-            self.log.append(Evaluation(workload, config, time.monotonic() - began, kind not in self._variants))
-            self._variants.add(kind)
+            seconds, kernels = time.monotonic() - began, self.kernels(self._launches)
+            self.log.append(Evaluation(workload, config, seconds, not kernels <= self._compiled))
+            self._compiled |= kernels
 
     def repeat(self) -> None:
         """The last evaluation once more, which compiles nothing."""
@@ -161,20 +174,25 @@ def tune(plan: dict[Key, list[Workload]], seconds: float) -> Tuning:
 def kernel_summary(call: Call, workloads: Iterable[Workload]) -> dict:
     """Evaluations and seconds of one template, measured; `extrapolated_rest_s` is what is left at these rates.
 
-    None if there is no rate: no evaluation that compiled. A variant that a workload's sizes make compile a second time counts once,
-    so the estimate is low rather than high. Where every evaluation compiled, one of them was repeated for what the others take.
+    None if there is no rate: no evaluation that compiled. Where every evaluation compiled, one of them was repeated for what the
+    others take.
     """
-    every = [config for workload in workloads for config in valid_points(call.template, call.key, workload)]
-    variants = {variant(call.template, config) for config in every}
+    points = [(workload, config) for workload in workloads for config in valid_points(call.template, call.key, workload)]
+    compiled: set = set()
+    to_compile = 0  # evaluations
+    for workload, config in points:
+        kernels = call.kernels(call.problem(workload).launches(config))
+        to_compile += not kernels <= compiled
+        compiled |= kernels
     first, later = ([e.seconds for e in call.log if e.new is new] for new in (True, False))
     if call.repeated_s is not None:
         later.append(call.repeated_s)
-    rest_new = len(variants) - len(first)
-    rest_old = len(every) - len(call.log) - rest_new
+    rest_new = max(0, to_compile - len(first))
+    rest_old = len(points) - len(call.log) - rest_new
     first_s, later_s = statistics.fmean(first) if first else None, statistics.median(later) if later else None
     known = not (rest_new and first_s is None) and not (rest_old and later_s is None)
     return {
-        "evaluations": len(call.log), "of": len(every), "variants": len(first), "of_variants": len(variants),
+        "evaluations": len(call.log), "of": len(points), "compiled": len(first), "of_compiled": to_compile,
         "seconds": sum(evaluation.seconds for evaluation in call.log),
         "mean_s_with_compiling": first_s, "median_s_without": later_s,
         "extrapolated_rest_s": rest_new * (first_s or 0.0) + rest_old * (later_s or 0.0) if known else None,

@@ -1,5 +1,8 @@
 """triton.autotune gets what `patune run` gets: the same configs, and every launch of a call."""
 
+import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,7 +33,8 @@ def made(ends: float = float("inf")) -> tuple[Call, list[tuple[int, int]]]:
         evaluated.append(at)
         return [float(at != BEST)] * len(quantiles)
 
-    subject = Call(KEY, device="cpu", ends=ends, benchmark=benchmark)
+    compiled = lambda launches: {(launch.args["BLOCK"], launch.args["num_warps"]) for launch in launches}  # were it not interpreted
+    subject = Call(KEY, device="cpu", ends=ends, benchmark=benchmark, kernels=compiled)
     return subject, evaluated
 
 
@@ -58,7 +62,7 @@ def test_the_estimate_is_nothing_for_a_space_that_was_evaluated_and_takes_later_
     subject, _ = made()
     autotuned(subject, WORKLOADS)[None](WORKLOADS[0])
     one = kernel_summary(subject, WORKLOADS[:1])
-    assert (one["evaluations"], one["of"], one["variants"], one["extrapolated_rest_s"]) == (9, 9, 9, 0)
+    assert (one["evaluations"], one["of"], one["compiled"], one["extrapolated_rest_s"]) == (9, 9, 9, 0)
     assert kernel_summary(subject, WORKLOADS)["extrapolated_rest_s"] is None  # no evaluation yet without compiling
     autotuned(subject, WORKLOADS)[None](WORKLOADS[1])
     later = kernel_summary(subject, [*WORKLOADS, Workload(1, 32)])
@@ -86,3 +90,27 @@ def test_small_spaces_come_first():
     for key, workloads in order:
         assert sorted(workloads) == sorted(standard(key))
         assert [size(key, w) for w in workloads] == sorted(size(key, w) for w in workloads)
+
+
+COUNT = """
+import json
+from triton.runtime import driver
+from patune.tuner.compile import _NoGpu
+driver.set_active(_NoGpu("9.0"))
+from autotune import compiled_kernels
+from patune.kernels.registry import template
+from patune.workload import Key, Workload
+kernel = template("prefill")
+problem = kernel.problem(Key("prefill", "", 132, 128, 16, 4), Workload(1, 4096, 64), device="meta", sets=1)
+config = kernel.default(Key("prefill", "", 132, 128, 16, 4), Workload(1, 4096, 64))
+found = [compiled_kernels(problem.launches(config | {"num_splits": n})) for n in (1, 1, 3, 4, 8)]
+print(json.dumps([len(found[0]), len(found[2]), len(set().union(*found)), found[0] == found[1], found[2] == found[3]]))
+"""
+
+
+def test_a_kernel_is_counted_as_triton_tells_it_from_others():
+    """Without splits one of its own; with 3 or 4 the same two; with 8 another one that joins them."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", COUNT], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [1, 2, 4, True, True]
