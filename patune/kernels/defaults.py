@@ -27,14 +27,14 @@ def default_config(query: dict) -> dict:
         issue = 2 if small or (query["page_size"] > 32 and not large) else 1
         stages = 3 if small else 2
         tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if query["ragged"] else 1, "issue": issue}
-        return {**tiles, "num_splits": prefill_splits(query) if query["batch_size"] else 1}
+        return {**tiles, "num_splits": prefill_splits(query)}
     if query["kernel"] == "prefill":
         # Behind the best of an H100's landscape, geometric mean: 13% (d64), 17 and 20% (d128, pages of 16 and 64), 22% (d256). A
         # third stage (d64, d128) or 128 rows (d256) would make that 3 to 10%, but needs more shared memory than every GPU has; the
         # best for long prompts, 8 warps with at most 128 registers, spill on GPUs that are no Hopper.
         rows, warps = 32 if huge else 64, 8 if huge or query["q_dtype"] == "float32" else 4
         tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
-        return {**tiles, "num_splits": prefill_splits(query, rows) if query["batch_size"] else 1}
+        return {**tiles, "num_splits": prefill_splits(query, rows)}
     if query["kernel"] == "decode_hopper":
         # A program an SM, clusters where they leave a third of the SMs busy: 1.3% (d64), 1.5% (d128), 0.2% (d256) and, with an fp8
         # cache, 2.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.
@@ -78,7 +78,7 @@ def prefill_blocks(sizes: dict, block_m: int = 128) -> int:
 
 
 def prefill_splits(query: dict, block_m: int = 128) -> int:
-    """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys.
+    """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys; 1 for an unknown batch.
 
     Blocks run in waves, a program an SM, or two of the plain template's smaller ones. Time is in keys that a block walks: one takes
     13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part
@@ -87,6 +87,8 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     number of splits, behind the best number in the geometric mean: 0% and 2.4% (prefill_hopper, an H100 and an H200, 15 each),
     1.0% and 0% (plain).
     """
+    if not query["batch_size"]:
+        return 1
     plain = query["kernel"] == "prefill"
     small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14
     at_once = (query["sm_count"] or 132) * (2 if small else 1)
@@ -94,8 +96,9 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     read = _kv_heads(query) * keys / (90 if plain else 60)
 
     def end(splits: int) -> float:
-        walk = -(-blocks * splits // at_once) * (keys / splits + (128 if splits == 1 else 563))
-        return max(walk, read) + (0 if splits == 1 else 256)
+        joined = splits > 1
+        walk = -(-blocks * splits // at_once) * (keys / splits + 128 + 435 * joined)
+        return max(walk, read) + 256 * joined
 
     best = min((splits for splits in PREFILL_SPLITS if splits == 1 or splits * 512 <= keys), key=end)
     return best if end(best) < 0.95 * end(1) else 1  # scratch of all rows for each split is not worth less

@@ -7,14 +7,13 @@ tiles, and only those on the diagonal (and on a window's left edge) pay for hidi
 or their last wave nearly empty, a block's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from ..workload import Key, Workload
 from .defaults import PREFILL_SPLITS, default_config, fit, query_of, shared_heads
 from .device import supports_pdl
-from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_reduce_jit import prefill_reduce, reduce_launch, split_scratch
 from .prefill_space import far_from_even
 from .primitives import LOG2E, add_sink, cap_logits, dot, kv_length, softmax_step
 from .problem import AttentionProblem
@@ -243,10 +242,7 @@ def launches(
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // (block_m // pack) + batch_size, ceil_div(max_q_len, block_m // pack) * batch_size)
     block_d, num_splits = max(16, next_power_of_2(head_dim)), config["num_splits"]
-    attended, attended_lse = out, lse
-    if num_splits > 1:
-        attended = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)
-        attended_lse = torch.empty(num_splits * tokens, q_heads, dtype=torch.float32, device=q.device)
+    attended, attended_lse = split_scratch(q, num_splits) if num_splits > 1 else (out, lse)
     attend = Launch(prefill_attention, (num_splits * q_heads // pack * blocks,), dict(
         q_ptr=q, k_ptr=cache.k, v_ptr=cache.v, qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr,
         kv_last_page_len_ptr=kv_last_page_len, sinks_ptr=sinks, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
@@ -284,8 +280,6 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "without a bound on registers a program of 8 warps is alone on an SM"
     if key.head_dim <= 128 and warps == 8 and block_n < 64:  # 2.8% behind the best at least, on each of 51 workloads of an H100
         return "too few keys for 8 warps"
-    if why := far_from_even(splits, query_of(key, workload), block_m):
-        return why
     if not huge and (block_m < 64 or block_n < 32):
         return "too few rows for wgmma, or too few keys"
     if huge and (block_m > 64 or (block_m == 64 and (warps < 8 or block_n > 32))):
@@ -296,7 +290,7 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "fewer than 16 rows a warp"
     if block_m * row_bytes * 2 // (32 * warps) > 1024:  # bytes of fp32 accumulator a thread; 255 registers hold 1020
         return "the accumulator exceeds the registers"
-    return None
+    return far_from_even(splits, query_of(key, workload), block_m)
 
 
 TEMPLATE = Template(

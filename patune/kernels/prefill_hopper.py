@@ -14,7 +14,7 @@ from . import prefill_hopper_jit as jit
 from .cache import PagedCache
 from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, query_of
 from .device import device_of
-from .prefill_reduce_jit import prefill_reduce, reduce_launch
+from .prefill_reduce_jit import prefill_reduce, reduce_launch, split_scratch
 from .prefill_space import far_from_even
 from .problem import AttentionProblem
 from .registry import candidates
@@ -72,10 +72,7 @@ def launches(
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
     items = blocks * cache.kv_heads * ceil_div(group, pack) * num_splits
-    attended, attended_lse = out, lse
-    if num_splits > 1:
-        attended = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)
-        attended_lse = torch.empty(num_splits * tokens, q_heads, dtype=torch.float32, device=q.device)
+    attended, attended_lse = split_scratch(q, num_splits) if num_splits > 1 else (out, lse)
     attend = Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
         q_desc=TensorDescriptor(
             q, [tokens, q_heads, head_dim], [q.stride(0), q.stride(1), 1], [ROWS // pack, pack, head_dim], swizzled(128, 2, 3)

@@ -1,5 +1,6 @@
-"""Device code that joins a prefill's splits: attention of the same queries over parts of their keys."""
+"""What joins a prefill's splits, attention of the same queries over parts of their keys: scratch, device code and its launch."""
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -43,8 +44,15 @@ def prefill_reduce(
         tl.store(lse_ptr + row, tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) / LOG2E), mask=wanted)
 
 
+def split_scratch(q: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of every split, [num_splits * tokens, q_heads, head_dim] and [num_splits * tokens, q_heads], fp32."""
+    tokens, q_heads, head_dim = q.shape
+    partial = torch.empty(num_splits * tokens, q_heads, head_dim, dtype=torch.float32, device=q.device)
+    return partial, torch.empty(num_splits * tokens, q_heads, dtype=torch.float32, device=q.device)
+
+
 def reduce_launch(qo_indptr, partial, partial_lse, out, lse, num_splits: int, v_scale: float, pdl: bool) -> Launch:
-    """Joins `partial` [num_splits * tokens, q_heads, head_dim] fp32 and its lse into out, and into lse if that is wanted."""
+    """Joins what split_scratch has into out, and into lse if that is wanted."""
     tokens, q_heads, head_dim = out.shape
     return Launch(prefill_reduce, (tokens * q_heads,), dict(
         qo_indptr_ptr=qo_indptr, partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, v_scale=v_scale,

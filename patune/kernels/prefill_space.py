@@ -8,9 +8,9 @@ def far_from_even(splits: int, query: dict, block_m: int = 128) -> str | None:
 
     query: of a workload that is tuned, so its sizes are known. block_m: query rows of a block.
     """
-    even = prefill_splits(query, block_m)
     if splits > 1 and splits * 256 > query["kv_len"]:
         return "less than 256 keys a split"
+    even = prefill_splits(query, block_m)
     if not even <= 2 * splits <= 4 * even:
         return "too many or few splits for even waves"
     if splits > even and splits * prefill_blocks(query, block_m) > query["sm_count"]:
