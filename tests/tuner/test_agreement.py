@@ -31,12 +31,18 @@ def test_two_tunings_agree_within_1_percent_on_95_percent_of_the_workloads(tunin
 
 
 def test_no_workload_is_slower_than_its_default_by_more_than_the_noise(tunings):
-    """By the recorded times of what was chosen; the noise is 1%, or what the default's own rounds scatter where the clock moved."""
+    """By the recorded times of what was chosen, medians or round by round: the clock may step within a race, and leaves the medians
+    of level configs on either side."""
     for found in tunings:
-        for (key, workload), (_, us) in found.items():
-            default = H100.trials(key, workload)[tuple(H100.default(key, workload)[name] for name in H100.tunables(key))]
-            noise = statistics.stdev(default.samples_us) / statistics.fmean(default.samples_us)
-            assert us <= (1 + max(0.01, noise)) * default.us
+        for (key, workload), (config, us) in found.items():
+            chosen, default = (
+                H100.trials(key, workload)[tuple(values[name] for name in H100.tunables(key))]
+                for values in (config, H100.default(key, workload))
+            )
+            slower = us / default.us
+            if len(chosen.samples_us) == len(default.samples_us):  # of one race
+                slower = min(slower, statistics.geometric_mean(a / b for a, b in zip(chosen.samples_us, default.samples_us)))
+            assert slower <= 1.01
 
 
 def test_a_disagreement_is_another_config_of_another_time():
