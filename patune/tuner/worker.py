@@ -55,6 +55,7 @@ class _Bench:
         self.problem: Problem | None = None
         self.of: tuple[Key, Workload] | None = None  # what the problem is of
         self.repeats: int | None = None  # of all its sets in a sample; None until a config of it was right
+        self.alike: bool | None = None  # whether one compiled kernel serves all its sets; None as long
 
     def measure(self, key: Key, workload: Workload, configs: Mapping[int, Values], rounds: int) -> None:
         try:
@@ -80,7 +81,7 @@ class _Bench:
         if self.problem is None or self.of != (key, workload):
             from ..kernels.registry import template
 
-            self.problem = self.of = self.repeats = None
+            self.problem = self.of = self.repeats = self.alike = None
             _free(self.clock)
             self.problem = template(key.kernel).problem(key, workload, device=self.clock.device)
             self.clock.synchronize()
@@ -93,15 +94,19 @@ class _Bench:
         try:
             first, *others = [problem.launches(config, r) for r in range(problem.sets)]
             problem.poison(0)
-            calls = [launch.again(launch.run()) for launch in first]
+            kernels = [launch.run() for launch in first]
             self.clock.synchronize()
             error = problem.error(0)
             if not error <= problem.tolerance:
                 message = f"relative error {error:.2g}, {problem.tolerance:g} is allowed"
                 self.pipe.send(("checked", i, "wrong_answer", error, message))
                 return None
-            # A set that specialises differently must not compile under capture.
-            sets = [calls, *([launch.again(launch.run()) for launch in launches] for launches in others)]
+            if self.alike is None:
+                self.alike = all(launch.compiles_as(one) for launches in others for launch, one in zip(launches, first))
+            sets = [[launch.again(kernel) for launch, kernel in zip(first, kernels)]]
+            for launches in others:  # a set that specialises differently must not compile under capture
+                made = kernels if self.alike else [launch.run() for launch in launches]
+                sets.append([launch.again(kernel) for launch, kernel in zip(launches, made)])
             every = [call for calls in sets for call in calls]
             together = sets if problem.flops >= LONG_FLOPS else [every * self._repeats(every)]
             replays = [self.clock.capture(calls) for calls in together]
