@@ -141,32 +141,30 @@ def remember(call: Call, launches: list[Launch], kernels: list[Any]) -> None:
 def _bind(call: Call, launched: list[Launch], kernels: list[CompiledKernel]) -> Bound | None:
     """The launches of a call by its compiled kernels; None if one has an argument that is not understood."""
     # Built from tensors that share no storage, a launch's pointers tell which of the call's tensors they come from. All else is
-    # taken from what ran: these tensors are on no GPU, whose number of SMs may be the grid.
+    # taken from what ran: these tensors are on no GPU, whose number of SMs may be the grid, or the length of scratch.
     apart = [None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in call.tensors]
     origins = {_storage(x): (i, 0) for i, x in enumerate(x for x in apart if x is not None)}
     scratch, scratch_bytes = len(origins), 0
 
-    def pointer(x: torch.Tensor) -> _Later:
+    def pointer(x: torch.Tensor, real: torch.Tensor) -> _Later:
         nonlocal scratch_bytes
-        if _storage(x) not in origins:
+        if _storage(x) not in origins:  # scratch
             origins[_storage(x)] = scratch, scratch_bytes
-            scratch_bytes += ceil_div(x.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+            scratch_bytes += ceil_div(real.untyped_storage().nbytes(), SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
         source, start = origins[_storage(x)]
-        offset = start + x.storage_offset() * x.element_size()
+        offset = start + (real if source == scratch else x).storage_offset() * x.element_size()
         return _Later(f"pointer_{source} + {offset}" if offset else f"pointer_{source}")
 
     entries = []
     for launch, ran, kernel in zip(call.build(*apart), launched, kernels, strict=True):
         arguments: list[Any] = []
         for parameter in launch.fn.params:
-            value = launch.args.get(parameter.name, parameter.default)
-            if not isinstance(value, (torch.Tensor, TensorDescriptor)):
-                value = ran.args.get(parameter.name, parameter.default)
+            ours, value = (x.args.get(parameter.name, parameter.default) for x in (launch, ran))
             if isinstance(value, torch.Tensor):
-                value = pointer(value) if value.numel() else 0  # data_ptr() of an empty one is 0, wherever it begins
+                value = pointer(ours, value) if value.numel() else 0  # data_ptr() of an empty one is 0, wherever it begins
             elif isinstance(value, TensorDescriptor):
                 value = copy.copy(value)
-                value.base = pointer(value.base)
+                value.base = pointer(ours.base, value.base)
             elif not isinstance(value, IMMUTABLE):
                 return None  # it may hold a tensor
             arguments.append(value)

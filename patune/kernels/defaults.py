@@ -53,55 +53,57 @@ def default_config(query: dict) -> dict:
     return {"BLOCK_N": 32 if large else 64, "num_warps": 8 if huge else 4, "num_stages": 2 if large else 3, "num_splits": splits}
 
 
-def packed_heads(q_heads_per_kv: int, q_len: int) -> int:
-    """Rows that each token has in an item of prefill_hopper, one for a query head of the item's KV head; at most 16.
+def block_tokens(heads: int) -> int:
+    """Tokens of an item of prefill_hopper that has rows of so many query heads: 128 rows, in multiples of 8 a head."""
+    return 128 // heads // 8 * 8
 
-    As many heads as divide 64 rows evenly. Or a row for all of them and more, which nobody needs, where that makes fewer items of
-    128 rows from q_len new tokens.
+
+def packed_heads(q_heads_per_kv: int, q_len: int, block_tokens=block_tokens) -> int:
+    """Query heads of a KV head that share a block of query rows: as many as make the fewest blocks of q_len new tokens.
+
+    block_tokens: the tokens of a block by its heads.
     """
-    even, all_heads = min(16, q_heads_per_kv & -q_heads_per_kv), 1 << (q_heads_per_kv - 1).bit_length()
-    items = lambda pack: -(-q_heads_per_kv // pack) * -(-q_len * pack // 128)
-    return all_heads if all_heads <= 16 and items(all_heads) < items(even) else even
-
-
-def shared_heads(q_heads_per_kv: int, q_len: int, block_m: int) -> int:
-    """Query heads of a KV head that share block_m rows of the plain prefill, at most 16: as make the fewest blocks of q_len."""
-    blocks = lambda heads: q_heads_per_kv // heads * -(-q_len // (block_m // heads))
-    return min((n for n in range(min(16, block_m), 0, -1) if q_heads_per_kv % n == 0), key=blocks)
+    blocks = lambda heads: q_heads_per_kv // heads * -(-q_len // block_tokens(heads))
+    return min((n for n in range(16, 0, -1) if q_heads_per_kv % n == 0 and block_tokens(n)), key=blocks)
 
 
 def prefill_blocks(sizes: dict, block_m: int = 128) -> int:
     """Blocks of query rows of a prefill, one a program: items of 128 rows of prefill_hopper, block_m rows of the plain template."""
-    group, q_len = sizes["q_heads_per_kv"], sizes["q_len"]
-    rows = packed_heads(group, q_len) if sizes["kernel"] == "prefill_hopper" else shared_heads(group, q_len, block_m)
-    return _kv_heads(sizes) * -(-group // rows) * -(-q_len // (block_m // rows))
+    tokens = block_tokens if sizes["kernel"] == "prefill_hopper" else lambda heads: block_m // heads
+    heads = packed_heads(sizes["q_heads_per_kv"], sizes["q_len"], tokens)
+    return _kv_heads(sizes) * sizes["q_heads_per_kv"] // heads * -(-sizes["q_len"] // tokens(heads))
 
 
 def prefill_splits(query: dict, block_m: int = 128) -> int:
-    """The splits of a prefill's keys with which its last block ends first, none with less than 512 keys; 1 for an unknown batch.
+    """The num_splits of a prefill with which its last block ends first, in parts of 512 keys or more; 1 for an unknown batch.
 
-    Blocks run in waves, a program an SM, or two of the plain template's smaller ones. Time is in keys that a block walks: one takes
-    13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and end, a split of it 435 more to write its part
-    and have it joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel 256; HBM brings the keys of 60
-    blocks in the time of one, of the plain template 90. With the best tiles, on the workloads of a landscape with more than one
-    number of splits, behind the best number in the geometric mean: 0% and 2.4% (prefill_hopper, an H100 and an H200, 15 each),
-    1.0% and 0% (plain).
+    Time is in keys that a block walks: one takes 13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and
+    end, a part of one 435 more to be written and joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel
+    256; HBM brings the keys of 60 blocks in the time of one, of the plain template 90. Scratch and a second kernel are not worth
+    less than 5%.
     """
     if not query["batch_size"]:
         return 1
     plain = query["kernel"] == "prefill"
-    small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14
+    small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14  # two programs an SM
     at_once = (query["sm_count"] or 132) * (2 if small else 1)
     keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)
     read = _kv_heads(query) * keys / (90 if plain else 60)
+    waves, tails = divmod(blocks, at_once)
+    tail_keys = max(keys - query["q_len"], 0) + 128 if waves else keys  # of prefill_hopper's last wave: long items go first
+
+    def walk(splits: int) -> float:
+        ends = 128 if splits == 1 else 563
+        if plain:  # all blocks in as many parts
+            return -(-blocks * splits // at_once) * (keys / splits + ends)
+        parts = min(splits, at_once // tails) if tails else 1  # of the blocks beyond whole waves
+        return waves * (keys + 128) + (tail_keys / parts + ends if tails else 0)
 
     def end(splits: int) -> float:
-        joined = splits > 1
-        walk = -(-blocks * splits // at_once) * (keys / splits + 128 + 435 * joined)
-        return max(walk, read) + 256 * joined
+        return max(walk(splits), read) + (0 if splits == 1 else 256)
 
     best = min((splits for splits in PREFILL_SPLITS if splits == 1 or splits * 512 <= keys), key=end)
-    return best if end(best) < 0.95 * end(1) else 1  # scratch of all rows for each split is not worth less
+    return best if end(best) < 0.95 * end(1) else 1
 
 
 def _kv_heads(sizes: dict) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..workload import Key, Workload
-from .defaults import PREFILL_SPLITS, default_config, fit, query_of, shared_heads
+from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, query_of
 from .device import supports_pdl
 from .prefill_reduce_jit import prefill_reduce, reduce_launch, split_scratch
 from .prefill_space import far_from_even
@@ -238,7 +238,7 @@ def launches(
     """The launches of one prefill. q [tokens, q_heads, head_dim]; `cache` a PagedCache; out like q; lse [tokens, q_heads]."""
     batch_size, (tokens, q_heads, head_dim), block_m = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_M"]
     group = q_heads // cache.kv_heads
-    pack = shared_heads(group, max_q_len, block_m)
+    pack = packed_heads(group, max_q_len, lambda heads: block_m // heads)
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // (block_m // pack) + batch_size, ceil_div(max_q_len, block_m // pack) * batch_size)
     block_d, num_splits = max(16, next_power_of_2(head_dim)), config["num_splits"]

@@ -12,18 +12,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import PREFILL_SPLITS, default_config, fit, packed_heads, query_of
+from .defaults import PREFILL_SPLITS, block_tokens, default_config, fit, packed_heads, query_of
 from .device import device_of
-from .prefill_reduce_jit import prefill_reduce, reduce_launch, split_scratch
+from .prefill_join_jit import prefill_join
 from .prefill_space import far_from_even
 from .problem import AttentionProblem
 from .registry import candidates
-from .sizes import ceil_div
+from .sizes import ceil_div, next_power_of_2
 from .template import Launch, Template, Values
 from .tma import aligned, is_addressable, pool_arguments, swizzled
 
 ROWS, BLOCK_M = jit.ROWS.value, jit.BLOCK_M.value
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; with 24 the producers spill, and 504 is all that three groups have
+JOINED = 4096  # fp32 numbers at once in a program that joins parts of an item, a warp: 128 registers
 BLOCK_B = 64  # sequences looked at together when an item is found; more make the finding warp spill
 STATIC, DYNAMIC = 1, 2
 FREE, IN_TURN = 1, 2
@@ -36,9 +37,9 @@ TUNABLES = {
 }
 JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
-    jit.page_ids, jit.inner_page_ids, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints, jit.rescale,
-    jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_tail, jit.consume, jit.is_wanted, jit.store_rows, jit.row_layout,
-    jit.tile_layout, jit.prefill_attention_hopper, prefill_reduce,
+    jit.page_ids, jit.inner_page_ids, jit.group_boxes, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints,
+    jit.rescale, jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_idle_rows, jit.clear_tail, jit.consume, jit.is_wanted,
+    jit.store_rows, jit.row_layout, jit.tile_layout, jit.prefill_attention_hopper, prefill_join,
 )  # fmt: skip
 
 
@@ -67,30 +68,43 @@ def launches(
     """The launches of one prefill that `serves` takes, the second one to join its splits; arguments as in prefill.launches."""
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     num_splits, group = config["num_splits"], q_heads // cache.kv_heads
-    pack = packed_heads(group, max_q_len)
-    block = BLOCK_M // pack
+    heads = packed_heads(group, max_q_len)
+    block = block_tokens(heads)
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
-    items = blocks * cache.kv_heads * ceil_div(group, pack) * num_splits
-    attended, attended_lse = split_scratch(q, num_splits) if num_splits > 1 else (out, lse)
-    attend = Launch(jit.prefill_attention_hopper, (min(items, device_of(q).sm_count),), dict(
+    items = blocks * q_heads // heads
+    programs = min(items * num_splits, device_of(q).sm_count)
+    partial = partial_lse = tails = None
+    if num_splits > 1:
+        partial = torch.empty(programs, BLOCK_M, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(programs, BLOCK_M, dtype=torch.float32, device=q.device)
+        tails = torch.empty(4 + 4 * programs, dtype=torch.int32, device=q.device)
+    attend = Launch(jit.prefill_attention_hopper, (programs,), dict(
         q_desc=TensorDescriptor(
-            q, [tokens, q_heads, head_dim], [q.stride(0), q.stride(1), 1], [ROWS // pack, pack, head_dim], swizzled(128, 2, 3)
+            q, [tokens, q_heads, head_dim], [q.stride(0), q.stride(1), 1],
+            [min(ROWS, block & -block), 1, head_dim], swizzled(128, 2, 3),
         ),
         **pool_arguments(cache, block_n, one_message=head_dim > 64),
         qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
         counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
-        out_ptr=attended, lse_ptr=attended_lse, sm_scale=sm_scale, v_scale=v_factor if num_splits == 1 else 1.0,
-        batch_size=batch_size, q_heads=q_heads, num_splits=num_splits, all_tokens=tokens,
-        stride_ot=attended.stride(0), stride_oh=attended.stride(1),
-        PAGE_SIZE=cache.page_size, GROUP=group, CAUSAL=causal, BLOCK_N=block_n, STAGES=config["num_stages"],
+        out_ptr=out, lse_ptr=lse, partial_ptr=partial, partial_lse_ptr=partial_lse, tails_ptr=tails,
+        sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads, num_splits=num_splits,
+        stride_ot=out.stride(0), stride_oh=out.stride(1),
+        PAGE_SIZE=cache.page_size, GROUP=group, HEADS=heads, TOKENS=block, CAUSAL=causal, BLOCK_N=block_n,
+        STAGES=config["num_stages"],
         BLOCK_B=BLOCK_B, IN_TURN=config["issue"] == IN_TURN,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS, num_warps=4,
         launch_pdl=True,
     ))  # fmt: skip
     if num_splits == 1:
         return [attend]
-    return [attend, reduce_launch(qo_indptr, attended, attended_lse, out, lse, num_splits, v_factor, pdl=True)]
+    block_s = next_power_of_2(num_splits)
+    rows = max(1, min(4, JOINED // (block_s * head_dim)))
+    return [attend, Launch(prefill_join, (min(items, programs // 2) * BLOCK_M // rows,), dict(
+        tails_ptr=tails, partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, q_heads=q_heads,
+        stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, HEADS=heads, TOKENS=block, ITEM=BLOCK_M,
+        BLOCK_R=rows, BLOCK_S=block_s, PDL=True, num_warps=1, launch_pdl=True,
+    ))]  # fmt: skip
 
 
 def invalid(config: Values, key: Key, workload: Workload) -> str | None:

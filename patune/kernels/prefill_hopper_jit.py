@@ -7,11 +7,12 @@ O += P V with wgmma; P never leaves its registers. While one group is in its sof
 or IN_TURN by two named barriers), and within a group the softmax of a tile overlaps the P V of the tile before. Long runs are at
 the GPU's power limit, so an instruction saved pays twice: it leaves time, and a higher clock.
 
-A program takes many items, the longest ones of the whole batch first. An item is 128 query rows of one KV head: PACK rows, of as
-many query heads, for each of TOKENS = 128 / PACK tokens, so that few new tokens a sequence fill it too. Where PACK is more than the
-GROUP of heads that the KV head has, the rest of a token's rows are of other heads and go nowhere. Keys are walked from the diagonal
-down: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask. Where items are fewer than
-SMs, an item's keys are cut into num_splits, and prefill_reduce_jit.py joins what comes of them.
+A program takes many items, the longest ones of the whole batch first. An item is up to 128 query rows of one KV head: TOKENS rows,
+for as many tokens, of each of HEADS query heads, one head after the other, so that few new tokens a sequence fill it too. TOKENS is
+a multiple of 8, the rows that shared memory swizzles together; 5 heads have 24 tokens and leave 8 rows idle. Keys are walked from
+the diagonal down: the masked tiles, the tail of the last page among them, come first, and the rest needs no mask. Items beyond as
+many waves of programs as they fill are cut along their keys into as many parts as fill one more, and prefill_join_jit.py joins
+those.
 
 Barriers. Every ring has `full` (TMA's bytes have landed) and `empty` (both groups have read it), each counted with one running
 number of tiles that never restarts: slot g % STAGES, phase (g // STAGES) % 2. Q is free when the item's last K is. Items go to
@@ -36,6 +37,7 @@ BLOCK_M = gl.constexpr(128)  # ROWS * GROUPS
 SLACK = gl.constexpr(8.0)  # in base 2: how far a row's maximum may outgrow what its exponents are taken against
 SLOT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))  # of a ring, see tile_layout
 FIELDS = gl.constexpr(13)  # int32 slots of an item's record
+MIN_KEYS = gl.constexpr(512)  # of a part of an item: less is not worth joining
 TURN = gl.constexpr(8)  # named barriers TURN + group: the group's turn to issue; the compiler uses those below 8
 TAIL = gl.constexpr(10)  # both groups have cleared their part of V
 
@@ -56,14 +58,13 @@ def signal(barrier):
 
 
 @gluon.jit
-def sequences(batch, start, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
+def sequences(batch, start, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """Query blocks and the level of the first one, of the sequences from `start` on; [BLOCK_B] each, 0 blocks after the last.
 
-    A block is TOKENS query tokens. PACK of them, BLOCK_M tokens that read almost the same keys, have one level: how many times
+    A block is TOKENS query tokens. BLOCK_M // TOKENS of them, tokens that read almost the same keys, have one level: how many times
     BLOCK_M keys lie before them, which is their cost. The next ones of the sequence have the next level.
     """
     qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
-    TOKENS: gl.constexpr = BLOCK_M // PACK
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_B // 32], [32], [1], [0])
     b = start + gl.arange(0, BLOCK_B, layout)
     inside = b < batch_size
@@ -75,15 +76,16 @@ def sequences(batch, start, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B
 
 
 @gluon.jit
-def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
+def blocks_above(level, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """How many query blocks of the batch have a level above `level`, and one more than the highest level."""
     _, _, _, batch_size = batch
+    LEVEL: gl.constexpr = BLOCK_M // TOKENS  # blocks of one
     count = 0
     levels = 0
     for start in range(0, batch_size, BLOCK_B):
-        blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
-        count += gl.sum(gl.minimum(gl.maximum(blocks - (level + 1 - first) * PACK, 0), blocks), 0)
-        levels = gl.maximum(levels, gl.max(first + (blocks + PACK - 1) // PACK, 0))
+        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
+        count += gl.sum(gl.minimum(gl.maximum(blocks - (level + 1 - first) * LEVEL, 0), blocks), 0)
+        levels = gl.maximum(levels, gl.max(first + (blocks + LEVEL - 1) // LEVEL, 0))
     return count, levels
 
 
@@ -93,25 +95,26 @@ def add(a, b):
 
 
 @gluon.jit
-def find_block(x, heads, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.constexpr, BLOCK_B: gl.constexpr):
+def find_block(x, heads, high, before, batch, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """Item x of the batch, counted from the highest level down: its sequence, the first of the blocks that this has at the item's
     level, how many they are, the item's place among theirs, the level, and how many blocks are above it.
 
     It is at level `high`, above which `before` blocks are, or below: where the item before it was. The next item is mostly at the
     same level or near it, so steps down double until they are below it, and the rest is bisected.
     """
+    LEVEL: gl.constexpr = BLOCK_M // TOKENS
     low = high
     step = 1
     while low == high:
         low = gl.maximum(high - step, -1)
-        count, _ = blocks_above(low, batch, PAGE_SIZE, PACK, BLOCK_B)
+        count, _ = blocks_above(low, batch, PAGE_SIZE, TOKENS, BLOCK_B)
         if count * heads <= x:
             high = low
             before = count
         step *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        count, _ = blocks_above(middle, batch, PAGE_SIZE, PACK, BLOCK_B)
+        count, _ = blocks_above(middle, batch, PAGE_SIZE, TOKENS, BLOCK_B)
         if count * heads <= x:
             high = middle
             before = count
@@ -124,9 +127,9 @@ def find_block(x, heads, high, before, batch, PAGE_SIZE: gl.constexpr, PACK: gl.
     place = 0  # among the sequence's items of this level
     rank = x - before * heads  # among all of this level
     for start in range(0, batch_size, BLOCK_B):
-        blocks, first = sequences(batch, start, PAGE_SIZE, PACK, BLOCK_B)
-        skipped = (high - first) * PACK
-        here = gl.where(skipped >= 0, gl.minimum(gl.maximum(blocks - skipped, 0), PACK), 0)
+        blocks, first = sequences(batch, start, PAGE_SIZE, TOKENS, BLOCK_B)
+        skipped = (high - first) * LEVEL
+        here = gl.where(skipped >= 0, gl.minimum(gl.maximum(blocks - skipped, 0), LEVEL), 0)
         end = gl.associative_scan(here, 0, add) * heads
         ahead = end - here * heads
         hit = (ahead <= rank) & (rank < end)
@@ -153,32 +156,54 @@ def get(records, slot, FIELD: gl.constexpr):
 @gluon.jit
 def find_items(
     items, batch, work, counters_ptr,
-    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
-    DYNAMIC: gl.constexpr, BLOCK_B: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, CAUSAL: gl.constexpr,
+    DYNAMIC: gl.constexpr, SPLITS: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
-    """The finding warp: a record of every item of this program, then one without tiles."""
+    """The finding warp: a record of every item of this program, then one without tiles.
+
+    With SPLITS the items beyond whole waves of programs are cut into as many parts as fill one more wave, at most num_splits, none
+    with less than MIN_KEYS. tails_ptr then has, for prefill_join, how many such items there are and their parts, and from 4 on
+    four numbers for each: its first token, how many of them are the sequence's, its first head, and the parts that it has keys for.
+    """
     records, item_full, item_empty = items
     qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size = batch
-    q_heads, num_splits, all_tokens, stride_ot, stride_oh = work
-    TOKENS: gl.constexpr = BLOCK_M // PACK
-    HEADS: gl.constexpr = PACK if PACK < GROUP else GROUP  # of an item
+    q_heads, num_splits, tails_ptr, stride_ot, stride_oh = work
+    LEVEL: gl.constexpr = BLOCK_M // TOKENS
     heads = q_heads // HEADS
-    blocks, levels = blocks_above(-1, batch, PAGE_SIZE, PACK, BLOCK_B)
+    blocks, levels = blocks_above(-1, batch, PAGE_SIZE, TOKENS, BLOCK_B)
     level = levels - 1
     before = 0
     programs = gl.num_programs(0)
+    whole = blocks * heads  # items that are not cut
+    tails = 0
+    parts = 1
+    if SPLITS:
+        tails = whole % programs
+        parts = gl.minimum(num_splits, programs // gl.maximum(tails, 1))
+        tails = gl.where(parts > 1, tails, 0)
+        whole -= tails
+        if gl.program_id(0) == 0:
+            gl.store(tails_ptr, tails)
+            gl.store(tails_ptr + 1, parts)
     item = gl.program_id(0)
+    turn = 0
     taken = 0  # items so far
-    while item < blocks * heads * num_splits:
-        x = item // num_splits
-        split = item - x * num_splits
+    while item < whole + tails * parts:
+        x = item
+        split = 0
+        if SPLITS:
+            part = item - whole
+            x = gl.where(part < 0, item, whole + part // parts)
+            split = gl.where(part < 0, 0, part % parts)
         b = 0
-        later = x // (PACK * heads) * PACK  # blocks of the one sequence after those of this level
-        blocks_here = gl.minimum(blocks - later, PACK)
+        later = x // (LEVEL * heads) * LEVEL  # blocks of the one sequence after those of this level
+        blocks_here = gl.minimum(blocks - later, LEVEL)
         first_block = blocks - later - blocks_here
         place = x - later * heads
         if batch_size > 1:
-            b, first_block, blocks_here, place, level, before = find_block(x, heads, level, before, batch, PAGE_SIZE, PACK, BLOCK_B)
+            b, first_block, blocks_here, place, level, before = find_block(
+                x, heads, level, before, batch, PAGE_SIZE, TOKENS, BLOCK_B
+            )
         head = place // blocks_here  # a head's blocks of a level run side by side, and share its keys in L2
         block = first_block + place - head * blocks_here
         head *= HEADS
@@ -194,35 +219,49 @@ def find_items(
             last_key = kv_len - q_len + token
             end = gl.minimum(kv_len, last_key + TOKENS)
         tiles = (gl.maximum(end, 0) + BLOCK_N - 1) // BLOCK_N
-        first_tile = tiles * split // num_splits
-        tiles = tiles * (split + 1) // num_splits - first_tile
-        first_key = first_tile * BLOCK_N
-        if tiles == 0:  # without a key: one tile that is masked throughout
-            tiles = 1
-            first_key = 0
-            last_key = -BLOCK_M
-            kv_len = 0
+        here = 1  # parts of this item
+        first_tile = 0
+        if SPLITS:
+            here = gl.where(part < 0, 1, gl.maximum(gl.minimum(parts, tiles * BLOCK_N // MIN_KEYS), 1))
+            if (part >= 0) & (split == 0):
+                tail_ptr = tails_ptr + 4 + part // parts * 4
+                gl.store(tail_ptr, q_start + token)
+                gl.store(tail_ptr + 1, q_len - token)
+                gl.store(tail_ptr + 2, head)
+                gl.store(tail_ptr + 3, here)
+            first_tile = tiles * split // here
+            tiles = tiles * (split + 1) // here - first_tile
+            part = gl.where(here > 1, part, -1)
+        if split < here:
+            first_key = first_tile * BLOCK_N
+            if tiles == 0:  # without a key: one tile that is masked throughout
+                tiles = 1
+                first_key = 0
+                last_key = -BLOCK_M
+                kv_len = 0
 
-        slot = taken % 2
-        mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
-        put(records, slot, 0, tiles)
-        put(records, slot, 1, last_key - first_key)  # the groups count keys from the item's first one
-        put(records, slot, 2, kv_len - first_key)
-        put(records, slot, 3, q_start + token)
-        put(records, slot, 4, q_len - token)
-        put(records, slot, 5, head)
-        put(records, slot, 6, first_page)
-        put(records, slot, 7, pages)
-        put(records, slot, 8, first_key)
-        put(records, slot, 9, split * all_tokens)
-        # Not the item's, but the groups have no registers to keep them in.
-        put(records, slot, 10, q_heads)
-        put(records, slot, 11, stride_ot // 8)  # `serves` asks for multiples of 16 bytes, so that stores are wide
-        put(records, slot, 12, stride_oh // 8)
-        mbarrier.arrive(item_full.index(slot), count=1)
-        taken += 1
+            slot = taken % 2
+            mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
+            put(records, slot, 0, tiles)
+            put(records, slot, 1, last_key - first_key)  # the groups count keys from the item's first one
+            put(records, slot, 2, kv_len - first_key)
+            put(records, slot, 3, q_start + token)
+            put(records, slot, 4, q_len - token)
+            put(records, slot, 5, head)
+            put(records, slot, 6, first_page)
+            put(records, slot, 7, pages)
+            put(records, slot, 8, first_key)
+            if SPLITS:
+                put(records, slot, 9, part)
+            # Not the item's, but the groups have no registers to keep them in.
+            put(records, slot, 10, q_heads)
+            put(records, slot, 11, stride_ot // 8)  # `serves` asks for multiples of 16 bytes, so that stores are wide
+            put(records, slot, 12, stride_oh // 8)
+            mbarrier.arrive(item_full.index(slot), count=1)
+            taken += 1
+        turn += 1
         if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
-            item = taken * programs + gl.where(taken % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
+            item = turn * programs + gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
         else:
             item = programs + gl.atomic_add(counters_ptr, 1)
     slot = taken % 2
@@ -258,14 +297,23 @@ def inner_page_ids(page_ids_ptr, start, there, PAGE_SIZE: gl.constexpr, BLOCK_N:
     return ids
 
 
+@gluon.constexpr_function
+def group_boxes(group, rows, part):
+    """Boxes of `part` rows that bring a group's part of an item's `rows`."""
+    return min(ROWS.value, rows - group * ROWS.value) // part
+
+
 @gluon.jit
-def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, IS_K: gl.constexpr):
+def load_tiles(
+    desc, ring, strides, items, kv_indices_ptr, query,
+    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, IS_K: gl.constexpr,
+):  # fmt: skip
     """A loading warp: the items' tiles of K, and Q, or of V. A tile is one box a page (or the part of a page that is the tile)."""
     slots, full, empty = ring
     page_rows, head_rows, head_columns = strides
     records, item_full, item_empty = items
     q_desc, q, q_full = query
-    TOKENS: gl.constexpr = q_desc.block_type.shape[0]  # of a group
+    PART: gl.constexpr = q_desc.block_type.shape[0]  # tokens of one head that a box of Q brings
     STAGES: gl.constexpr = slots.shape[0]
     BLOCK_N: gl.constexpr = slots.shape[1] * 8
     BOX: gl.constexpr = desc.block_type.nbytes // (slots.shape[2] * 64 * 2)  # its rows
@@ -308,8 +356,12 @@ def load_tiles(desc, ring, strides, items, kv_indices_ptr, query, PAGE_SIZE: gl.
                     last = gl.maximum(g - 1, 0)  # tile of the item before, whose Q is there until its scores are done
                     mbarrier.wait(empty.index(last % STAGES), (last // STAGES) & 1, pred=g > 0)
                     for c in gl.static_range(GROUPS):
-                        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                        tma.async_copy_global_to_shared(q_desc, [token + c * TOKENS, head, 0], q_full.index(c), q.index(c))
+                        mbarrier.expect(q_full.index(c), group_boxes(c, HEADS * TOKENS, PART) * q_desc.block_type.nbytes)
+                        for j in gl.static_range(group_boxes(c, HEADS * TOKENS, PART)):
+                            at = c * ROWS + j * PART
+                            rows = q.index(c).slice(j * PART, PART, 0)
+                            where = [token + at % TOKENS, head + at // TOKENS, 0]
+                            tma.async_copy_global_to_shared(q_desc, where, q_full.index(c), rows)
             later_ids = inner_page_ids(page_ids_ptr, key - AHEAD * BLOCK_N, i + AHEAD < tiles, PAGE_SIZE, BLOCK_N, BOX)
             if AHEAD == 2:
                 ids = next_ids
@@ -439,6 +491,17 @@ def step(
 
 
 @gluon.jit
+def clear_idle_rows(q, FIRST: gl.constexpr):
+    """Zeros into the group's rows from FIRST on, which no item fills: of what lies there a warp's maxima might be NaN, and then it
+    would rescale at every tile."""
+    D: gl.constexpr = q.shape[2]
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [2, 1, 16], [4, 1, 1], [2, 1, 0])
+    for row in gl.static_range(FIRST, ROWS, 8):
+        q.slice(row, 8, 0).store(gl.zeros([8, 1, D], q.dtype, layout))
+    fence_async_shared()
+
+
+@gluon.jit
 def clear_tail(v, rows, GROUP_ID: gl.constexpr):
     """Zeros into the tile's rows from `rows` on: they may hold a NaN, which a weight of 0 would not silence."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 2, 16], [1, 1, 4, 1], [3, 2, 1, 0])
@@ -456,13 +519,15 @@ def clear_tail(v, rows, GROUP_ID: gl.constexpr):
 @gluon.jit
 def consume(
     q, q_full, k_ring, v_ring, items, results,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, GROUP_ID: gl.constexpr, IN_TURN: gl.constexpr,
+    HEADS: gl.constexpr, TOKENS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LSE: gl.constexpr, SPLITS: gl.constexpr,
+    GROUP_ID: gl.constexpr,
+    IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """A consumer group: 64 query rows of every item, PACK heads of each token."""
+    """A consumer group: 64 query rows of every item."""
     k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     records, item_full, item_empty = items
-    out_ptr, lse_ptr, exponent, v_scale = results
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, exponent, v_scale = results
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1] * 8
     D: gl.constexpr = k_tiles.shape[2] * 64
@@ -471,7 +536,6 @@ def consume(
     vs = v_tiles._reinterpret(v_tiles.dtype, [STAGES, BLOCK_N, D], TILE)
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    PACK: gl.constexpr = q.shape[2]
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     q = q._reinterpret(q.dtype, [GROUPS, ROWS, D], gl.NVMMASharedLayout(128, 16, 2)).index(GROUP_ID)
     q_full = q_full.index(GROUP_ID)
@@ -489,8 +553,9 @@ def consume(
         last_key = gl.zeros([ROWS], gl.int32, gl.SliceLayout(1, S_LAYOUT)) + kv_len - 1
         full_end = kv_len
         if CAUSAL:
-            last_key = gl.minimum(first_last_key + rows // PACK, kv_len - 1)
-            full_end = gl.minimum(first_last_key + GROUP_ID * ROWS // PACK + 1, kv_len)
+            last_key = gl.minimum(first_last_key + rows % TOKENS, kv_len - 1)
+            FIRST: gl.constexpr = GROUP_ID * ROWS if TOKENS == BLOCK_M else 0  # of the group's tokens
+            full_end = gl.minimum(first_last_key + FIRST + 1, kv_len)
         full = gl.minimum(gl.maximum(full_end, 0) // BLOCK_N, tiles - 1)  # tiles that all rows see in full, the last one aside
 
         # The tile at the end: nothing to overlap with yet.
@@ -541,7 +606,9 @@ def consume(
         token = get(records, slot, 3)
         valid = get(records, slot, 4)
         head = get(records, slot, 5)
-        token += get(records, slot, 9)
+        part = -1
+        if SPLITS:
+            part = get(records, slot, 9)
         q_heads = get(records, slot, 10)
         stride_ot = get(records, slot, 11) * 8
         stride_oh = get(records, slot, 12) * 8
@@ -550,11 +617,16 @@ def consume(
             l = gl.convert_layout(gl.sum(l, 1), m.type.layout, assert_trivial=True)
         factor = v_scale / gl.where(l == 0.0, 1.0, l)
         o = acc * gl.convert_layout(factor, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID, PACK, GROUP)
-        if HAS_LSE:
+        if part < 0:
+            store_rows(out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID, HEADS, TOKENS)
+            if HAS_LSE:
+                lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
+                slots = (token + rows % TOKENS).to(gl.int64) * q_heads + head + rows // TOKENS
+                gl.store(lse_ptr + slots, lse, mask=is_wanted(rows, valid, HEADS, TOKENS))
+        elif SPLITS:
+            store_rows(partial_ptr, o, part * BLOCK_M, BLOCK_M, 0, D, 0, GROUP_ID, 1, BLOCK_M)
             lse = gl.where(l == 0.0, float("-inf"), (m + gl.log2(l)) / LOG2E)
-            slots = (token + rows // PACK).to(gl.int64) * q_heads + head + rows % PACK
-            gl.store(lse_ptr + slots, lse, mask=is_wanted(rows, valid, PACK, GROUP))
+            gl.store(partial_lse_ptr + part * BLOCK_M + rows, lse)
 
         taken += 1
         mbarrier.wait(item_full.index(taken % 2), (taken // 2) & 1)
@@ -562,17 +634,17 @@ def consume(
 
 
 @gluon.jit
-def is_wanted(rows, valid, PACK: gl.constexpr, GROUP: gl.constexpr):
-    """Whether rows are of the item's `valid` tokens and of heads of its KV head."""
-    wanted = rows // PACK < valid
-    if PACK > GROUP:
-        wanted = wanted & (rows % PACK < GROUP)
+def is_wanted(rows, valid, HEADS: gl.constexpr, TOKENS: gl.constexpr):
+    """Whether rows are of the item's `valid` tokens and of its heads."""
+    wanted = rows % TOKENS < valid
+    if HEADS * TOKENS < BLOCK_M:
+        wanted = wanted & (rows < HEADS * TOKENS)
     return wanted
 
 
 @gluon.jit
 def store_rows(
-    out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr
+    out_ptr, o, token, valid, head, stride_ot, stride_oh, GROUP_ID: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr
 ):
     """o to the item's rows of the output, 16 bytes a thread after an exchange within groups of four threads."""
     D: gl.constexpr = o.shape[1]
@@ -580,8 +652,8 @@ def store_rows(
     o = gl.convert_layout(o.to(out_ptr.dtype.element_ty), layout)
     rows = GROUP_ID * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     columns = gl.arange(0, D, gl.SliceLayout(0, layout))
-    offsets = (token + rows // PACK).to(gl.int64) * stride_ot + (head + rows % PACK) * stride_oh
-    gl.store(out_ptr + offsets[:, None] + columns[None, :], o, mask=is_wanted(rows, valid, PACK, GROUP)[:, None])
+    offsets = (token + rows % TOKENS).to(gl.int64) * stride_ot + (head + rows // TOKENS) * stride_oh
+    gl.store(out_ptr + offsets[:, None] + columns[None, :], o, mask=is_wanted(rows, valid, HEADS, TOKENS)[:, None])
 
 
 @gluon.constexpr_function
@@ -609,29 +681,29 @@ def tile_layout(n, d):
 
 @gluon.jit(
     do_not_specialize=[
-        "batch_size", "q_heads", "num_splits", "all_tokens",
+        "batch_size", "q_heads", "num_splits",
         "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
     ],
     do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def prefill_attention_hopper(
     q_desc, k_desc, v_desc, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, out_ptr, lse_ptr,
-    sm_scale, v_scale, batch_size, q_heads, num_splits, all_tokens, stride_ot, stride_oh,
+    partial_ptr, partial_lse_ptr, tails_ptr, sm_scale, v_scale, batch_size, q_heads, num_splits, stride_ot, stride_oh,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
-    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, CAUSAL: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     BLOCK_B: gl.constexpr, IN_TURN: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Any grid (programs,): each takes its part of the items.
 
-    q [all_tokens, q_heads, D]; out [num_splits * all_tokens, q_heads, D], of which split s has the rows from s * all_tokens on; lse
-    likewise.
+    q and out [tokens, q_heads, D]. What is cut goes to partial [programs, BLOCK_M, D] and partial_lse [programs, BLOCK_M], fp32,
+    and tails [4 + 4 * programs] says what it is; nothing is cut where they are None.
     """
     # What comes next may take the places that this kernel's programs leave, and then waits for the last one, as this kernel does:
     # 1.3 us of the 14.6 of one prompt of 512.
     gdc_launch_dependents()
-    PACK: gl.constexpr = q_desc.block_type.shape[1]
     D: gl.constexpr = q_desc.block_type.shape[2]
-    q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS // PACK, PACK, D], q_desc.layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [GROUPS, ROWS, 1, D], q_desc.layout)
     ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N // 8, D // 64, 8, 64], SLOT)
     vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N // 8, D // 64, 8, 64], SLOT)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
@@ -652,6 +724,8 @@ def prefill_attention_hopper(
     for i in gl.static_range(2):
         mbarrier.init(item_full.index(i), count=1)
         mbarrier.init(item_empty.index(i), count=GROUPS + 2)  # and the loading warps
+    if HEADS * TOKENS < BLOCK_M:
+        clear_idle_rows(q.index(GROUPS - 1), HEADS * TOKENS - ROWS)
     gdc_wait()  # for whatever ran before; the other warps begin after it
     k_ring = (ks, k_full, k_empty)
     v_ring = (vs, v_full, v_empty)
@@ -663,9 +737,14 @@ def prefill_attention_hopper(
     DYNAMIC: gl.constexpr = counters_ptr is not None
     if not DYNAMIC:
         counters_ptr = qo_indptr_ptr
-    results = (out_ptr, lse_ptr, exponent, v_scale)
+    SPLITS: gl.constexpr = partial_ptr is not None
+    if not SPLITS:
+        partial_ptr = out_ptr
+        partial_lse_ptr = out_ptr
+        tails_ptr = qo_indptr_ptr
+    results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, exponent, v_scale)
     batch = (qo_indptr_ptr, kv_indptr_ptr, kv_last_page_len_ptr, batch_size)
-    work = (q_heads, num_splits, all_tokens, stride_ot, stride_oh)
+    work = (q_heads, num_splits, tails_ptr, stride_ot, stride_oh)
     query = (q_desc, q, q_full)
     k_strides = (k_page_rows, k_head_rows, k_head_columns)
     v_strides = (v_page_rows, v_head_rows, v_head_columns)
@@ -675,11 +754,14 @@ def prefill_attention_hopper(
     IS_V: gl.constexpr = False
     gl.warp_specialize(
         [
-            (consume, (q, q_full, k_ring, v_ring, items, results, GROUP, CAUSAL, HAS_LSE, FIRST, IN_TURN)),
-            (consume, (q, q_full, k_ring, v_ring, items, results, GROUP, CAUSAL, HAS_LSE, SECOND, IN_TURN)),
-            (load_tiles, (k_desc, k_ring, k_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_K)),
-            (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, IS_V)),
-            (find_items, (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, PACK, GROUP, CAUSAL, DYNAMIC, BLOCK_B)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, HEADS, TOKENS, CAUSAL, HAS_LSE, SPLITS, FIRST, IN_TURN)),
+            (consume, (q, q_full, k_ring, v_ring, items, results, HEADS, TOKENS, CAUSAL, HAS_LSE, SPLITS, SECOND, IN_TURN)),
+            (load_tiles, (k_desc, k_ring, k_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, HEADS, TOKENS, IS_K)),
+            (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, HEADS, TOKENS, IS_V)),
+            (
+                find_items,
+                (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, HEADS, TOKENS, CAUSAL, DYNAMIC, SPLITS, BLOCK_B),
+            ),
         ],
         [4, 1, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

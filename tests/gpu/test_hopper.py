@@ -35,6 +35,8 @@ CASES = {
     "g12 d64, few tokens": Real((900, 40, 33), (16, 1, 13), head_dim=64, group=12, kv_heads=2),
     "p256 g7, a page larger than a tile": Real((700, 901), (700, 200), group=7, kv_heads=4, page_size=256),
     "p128 MHA": Real((700, 901), (700, 200), group=1, kv_heads=16, page_size=128),
+    "a wave and 20 items": Real((4100,), (600,), kv_heads=8),
+    "three waves and 44 items, g5 strided q": Real((3000, 2000, 40), (600, 560, 7), group=5, kv_heads=8, strided_q=True),
     "150 sequences": Real(tuple(7 * i % 300 + i % 40 for i in range(150)), tuple(7 * i % 300 for i in range(150)), kv_heads=2),
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 1
 PREFILL = Case((5, 300), (200, 330), dtype="bfloat16")
 PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 64, 16, 4), Workload(2, 265, 150)))
 PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
+SCRATCH = ("partial_ptr", "partial_lse_ptr", "tails_ptr")  # of prefill_hopper
 
 
 @pytest.fixture(autouse=True)
@@ -177,13 +178,20 @@ def test_a_bound_call_launches_what_an_unbound_one_does(name):
     assert is_bound(arguments)
 
 
-def test_a_bound_call_has_the_grid_of_its_gpu(monkeypatch):
-    """A program an SM, of which tensors on no GPU have another number."""
-    real = prefill_hopper.device_of
-    monkeypatch.setattr(prefill_hopper, "device_of", lambda x: real(x) if x.is_meta else real(x)._replace(sm_count=3))
-    arguments = Arguments(PREFILL, max_q_len=300, config=PREFILL_HOPPER)
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("sm_count", [3, 300])
+def test_a_bound_call_has_the_grid_and_the_scratch_of_its_gpu(monkeypatch, num_splits, sm_count):
+    """A program an SM, and scratch for each, of which tensors on no GPU have another number."""
+    asked, remember, built = prefill_hopper.device_of, bound.remember, []
+    monkeypatch.setattr(prefill_hopper, "device_of", lambda x: asked(x)._replace(sm_count=8 if x.is_meta else sm_count))
+    monkeypatch.setattr(ops, "remember", lambda *given: built.append(given[1]) or remember(*given))
+    arguments = Arguments(PREFILL, max_q_len=300, config=patune.Config({**PREFILL_HOPPER, "num_splits": num_splits}))
     want = unbound(arguments)
     assert launched(arguments) == want and is_bound(arguments)
+    scratch = {name: x for name, x in built[0][0].args.items() if isinstance(x, torch.Tensor) and name in SCRATCH}
+    assert len(scratch) == (3 if num_splits > 1 else 0)
+    (only,) = bound._of_config.values()
+    assert sum(x.nbytes for x in scratch.values()) <= only.scratch_bytes <= sum(x.nbytes + 127 for x in scratch.values())
 
 
 def test_a_prefill_that_takes_items_from_a_counter_is_not_bound():
