@@ -194,7 +194,8 @@ def measured(step: str, results: Path = RESULTS) -> dict | None:
 MEASURED = {  # step -> the templates whose times it has; one that came after the run is in none of its hashes
     "referee-decode": ("decode", "decode_hopper"),
     "tune-decode": ("decode", "decode_hopper"),
-    "tune-prefill": ("prefill", "prefill_hopper"),
+    "tune-prefill": ("prefill",),
+    "tune-prefill-hopper": ("prefill_hopper",),
     "referee-prefill": ("prefill_hopper",),  # which serves all of its cases, and all mixes
     "referee-plain": ("prefill",),
     "referee-turns": ("prefill_hopper",),

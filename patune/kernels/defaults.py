@@ -19,13 +19,11 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, geometric mean: 2.5% (d64), 2.3% and 3.6% (d128, pages of 16 and 64), 0.9%
-        # (d256). With larger pages the groups take turns at head_dim 128, too: without, Triton 3.6 spills registers there. Items
-        # of a ragged batch are taken one by one: level with dealing them out (d128, d256) or 2% faster (d64), and 5% beside an
-        # append that keeps some SMs for longer.
+        # Behind the best of an H100's landscape, geometric mean: 2.8% (d64), 3.4% and 2.5% (d128, pages of 16 and 64), 0.4%
+        # (d256). Items of a ragged batch are taken one by one: between 5% slower (d256) and 7% faster (pages of 64) than dealt out,
+        # and 5% faster beside an append that keeps some SMs for longer.
         small = query["head_dim"] <= 64
-        issue = 2 if small or (query["page_size"] > 32 and not large) else 1
-        stages = 3 if small else 2
+        stages, issue = (3, 2) if small else (2, 1)
         tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if query["ragged"] else 1, "issue": issue}
         return {**tiles, "num_splits": prefill_splits(query)}
     if query["kernel"] == "prefill":
@@ -80,7 +78,8 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     Time is in keys that a block walks: one takes 13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and
     end, a part of one 435 more to be written and joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel
     256; HBM brings the keys of 60 blocks in the time of one, of the plain template 90. Scratch and a second kernel are not worth
-    less than 5%.
+    less than 5%. With the best tiles, where a landscape has more than one number of splits, behind the best one in the geometric
+    mean: 0% and 3.4% (prefill_hopper, an H100 and an H200), 1.0% and 0% (plain).
     """
     if not query["batch_size"]:
         return 1
