@@ -28,9 +28,11 @@ def test_the_parts_of_a_mix_alone_give_what_the_whole_gives():
 
 def test_a_cost_is_the_whole_s_time_over_that_of_its_parts(monkeypatch):
     monkeypatch.setattr(mixed, "MAX_SETS", 2)
+    monkeypatch.setattr(mixed, "HOST_CALLS", 1)
     found = mixed.cost(clock(), MIX, KEY, rounds=2)
     us = found["us"]
     assert set(us) == {"whole", "placed_whole", "append", "prefill", "decode"} and min(us.values()) > 0
+    assert found["host_us"] > 0
     assert found["over_parts"]["whole"] == pytest.approx(us["whole"] / (us["append"] + us["prefill"] + us["decode"]))
 
 

@@ -1,6 +1,6 @@
 """Measure a commit on a GPU host: tests, races against peers and triton.autotune, the main job. It all lands in one folder.
 
-    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests,referee,run,autotune]
+    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests | --only run]
 
 OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
 own output. A step that fails or runs out of time is named in the provenance, and the others still run.
@@ -13,6 +13,8 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+from turns import CASES
 
 from patune.cli.plan import KERNELS
 from patune.kernels.registry import NAMES, template
@@ -28,7 +30,11 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
     """Step -> (command, the file that takes its stdout, seconds it may take)."""
     tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "--db"]
     run = [*tune, str(out / "run.db")]
-    race = [sys.executable, str(args.referee), "--candidate", str(ROOT / "tools/candidate.py"), "--peers", str(args.peers)]
+    race = [sys.executable, str(args.referee), "--peers", str(args.peers), "--candidate", str(ROOT / "tools/candidate.py")]
+    plain = [*race[:-1], str(ROOT / "tools/candidate_plain.py")]
+    of = lambda peers, name: ["--only", peers, "--out", str(out / f"{name}.json")]
+    turns = out / "turns.json"
+    turns.write_text(json.dumps(CASES))
     agreement = [sys.executable, str(ROOT / "tools/agreement.py"), "--race", str(out / "run.json"), str(out / "run-other.json")]
     autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
     mixed = [sys.executable, str(ROOT / "tools/mixed.py"), str(out / "mixed.json")]
@@ -39,11 +45,9 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
         "tests": ([*tests, "tests/gpu", "tests/kernels", *parallel], "tests.txt", 240),
         "planted": ([*tests, PLANTED], "planted.txt", 120),  # alone: it hangs the GPU for others
         "referee-decode": ([*race, "decode", "--out", str(out / "referee-decode.json")], "referee-decode.txt", 260),
-        "referee-prefill": (
-            [*race, "prefill", "--only", args.prefill_peers, "--out", str(out / "referee-prefill.json")],
-            "referee-prefill.txt",
-            330,
-        ),
+        "referee-prefill": ([*race, "prefill", *of(args.prefill_peers, "referee-prefill")], "referee-prefill.txt", 330),
+        "referee-plain": ([*plain, "prefill", *of(args.prefill_peers, "referee-plain")], "referee-plain.txt", 120),
+        "referee-turns": ([*race, "prefill", "--cases", str(turns), *of("fa3", "referee-turns")], "referee-turns.txt", 120),
         "run": (run, "run.json", 120),
         "run-again": (run, "run-again.json", 60),
         "run-other": ([*tune, str(out / "run-other.db"), "--seed", "1"], "run-other.json", 120),
@@ -73,6 +77,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="measure every valid config too, 6 minutes on an H100")
     parser.add_argument("--workers", type=int, default=14, help="of the tests")
     parser.add_argument("--skip", default="", help="comma-separated beginnings of step names")
+    parser.add_argument("--only", default="", help="the same, of the steps to take")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     environment = environment_of(clock())
@@ -83,10 +88,10 @@ def main() -> None:
         "torch": environment.torch, "commit": args.commit, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source_hash": {name: template(name).source_hash for name in NAMES}, "steps": {},
     }  # fmt: skip
-    skipped = [name for name in args.skip.split(",") if name] + ([] if args.referee else ["referee"])
+    skipped = tuple(name for name in args.skip.split(",") if name) + (() if args.referee else ("referee",))
     todo = (recording(args.out, args.gpu) if args.record else {}) | steps(args.out, args)
     for name, (command, stdout, limit_s) in todo.items():
-        if not any(name.startswith(prefix) for prefix in skipped):
+        if name.startswith(tuple(args.only.split(","))) and not name.startswith(skipped):
             run["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
             print(f"{name}: {outcome}", flush=True)
             provenance.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")

@@ -3,14 +3,15 @@
     python tools/mixed.py OUT.json [--commit HASH]
 
 The shape is llama-3.1-8b's. CUDA-graph replay, shuffled pages, page tables in rotation as for the tuner; the table's configs.
-OUT has microseconds of each part and of the whole, with its tokens' positions given (as to all layers but one) and without, and
-the whole's time over its parts'.
+OUT has microseconds of each part and of the whole, with its tokens' positions given (as to all layers but one) and without, the
+whole's time over its parts', and the host's microseconds for an eager call of the whole.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from patune.workload import Key, Workload
 
 MODEL = "llama-3.1-8b"
 ROUNDS = 15
+HOST_CALLS = 20  # eager ones in a row, so that the GPU's queue is not full
 POOL_BYTES = 24e9  # the most that the sets of a mix may take
 
 
@@ -108,6 +110,7 @@ def cost(clock: Clock, mix: Mix, key: Key, rounds: int = ROUNDS) -> dict:
     if not (error := (whole - parts).norm() / parts.norm()) <= 1e-2:
         sys.exit(f"{mix}: the whole is off its parts by {error:.2g}")
     calls: dict[str, Callable] = {name: getattr(batch, name) for name in ("whole", "placed_whole", "append", "prefill", "decode")}
+    host_us = statistics.median(_host_us(clock, batch) for _ in range(rounds))
     replays = {}
     for name, call in calls.items():
         once = [lambda call=call, r=r: call(r) for r in range(batch.sets)]
@@ -124,7 +127,17 @@ def cost(clock: Clock, mix: Mix, key: Key, rounds: int = ROUNDS) -> dict:
     us = {name: statistics.median(values) for name, values in samples.items()}
     parts_us = us["append"] + us["prefill"] + us["decode"]
     over = {name: us[name] / parts_us for name in ("whole", "placed_whole")}
-    return {"us": us, "over_parts": over, "over_attention": us["whole"] / (us["prefill"] + us["decode"]), "sets": batch.sets}
+    over_attention = us["whole"] / (us["prefill"] + us["decode"])
+    return {"us": us, "over_parts": over, "over_attention": over_attention, "host_us": host_us, "sets": batch.sets}
+
+
+def _host_us(clock: Clock, batch: Batch) -> float:
+    """Microseconds that an eager call of the whole takes to return."""
+    clock.synchronize()
+    began = time.perf_counter()
+    for _ in range(HOST_CALLS):
+        batch.whole(0)
+    return (time.perf_counter() - began) / HOST_CALLS * 1e6
 
 
 def main() -> None:
