@@ -22,7 +22,8 @@ def main() -> None:
     driver.set_active(_NoGpu("9.0"))
     key = Key(gpu="", sm_count=132, **fields)
     problem = template(key.kernel).problem(key, Workload(**sizes), device="meta")
-    kernel = problem.launches(config)[0].warmup()
+    (launch,) = [launch for launch in problem.launches(config) if launch.fn.__name__.endswith("_hopper")]
+    kernel = launch.warmup()
     ptx = kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)

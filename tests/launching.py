@@ -19,7 +19,7 @@ def call_all(batch: Batch) -> None:
     ops._paged_decode(batch.q, kv, None, *batch.pages, out, lse, 0.1, "HND", 1, None, None, *options, False, [16, 4, 2, 3])
     ops._paged_prefill(batch.q, kv, None, qo, *batch.pages, out, lse, 0.1, "HND", 1, True, *options, None)
     indices = patune.get_batch_indices_positions(qo, batch.seq_lens, 2)
-    ops._append(k, k, *indices, kv, None, *batch.pages[:2], "HND", one, one, 1.0, 1.0, None)
+    ops._append(k, k, *indices, kv, None, *batch.pages, "HND", one, one, 1.0, 1.0, None)
     ops._paged_attention_with_cache(
         batch.q, k, k, kv, None, qo, *batch.pages, None, None, 0.1, "HND", 1, 1, 1, 1, None, *options[:5], 1.0, 1.0
     )

@@ -176,6 +176,14 @@ def append_paged_kv_cache(
     `get_batch_indices_positions`); a negative batch index is padding and is skipped. The page table must already hold the
     pages of the new tokens. fp8 caches saturate. The other arguments and the errors are those of `paged_decode`.
     """
+    k_cache, v_cache = kv_cache if isinstance(kv_cache, tuple) and len(kv_cache) == 2 else (kv_cache, None)
+    found = bound.find(
+        k, v, batch_indices, positions, k_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, k_scale, v_scale,
+        "append", kv_layout, config,
+    )  # fmt: skip
+    key, pointers, repeated = found or (None, [], None)
+    if repeated is not None:
+        return repeated.run(pointers)
     checks.check_device(k, "k")
     checks.check_rows(k, "k")
     first, second, cache = checks.check_cache(k, kv_cache, kv_layout, "k")
@@ -189,10 +197,12 @@ def append_paged_kv_cache(
     k_tensor, k_factor = checks.split_scale(k_scale, "k_scale", k.device)
     v_tensor, v_factor = checks.split_scale(v_scale, "v_scale", k.device)
     checks.check_values(cache, kv_indices, kv_indptr, kv_last_page_len, batch_indices=batch_indices, positions=positions)
-    torch.ops.patune.append_paged_kv_cache(
-        k, v, batch_indices, positions, first, second, kv_indices, kv_indptr, kv_layout, k_tensor, v_tensor, k_factor, v_factor,
-        _values(APPEND, config),
+    arguments = (
+        k, v, batch_indices, positions, first, second, kv_indices, kv_indptr, kv_last_page_len, kv_layout, k_tensor, v_tensor,
+        k_factor, v_factor, _values(APPEND, config),
     )  # fmt: skip
+    with nullcontext() if key is None else bound.waiting(key):
+        torch.ops.patune.append_paged_kv_cache(*arguments)
 
 
 def paged_attention_with_cache(
@@ -231,6 +241,15 @@ def paged_attention_with_cache(
 
     Returns [tokens, q_heads, head_dim] like q. Mutates the cache and nothing else; no host sync.
     """
+    k_cache, v_cache = kv_cache if isinstance(kv_cache, tuple) and len(kv_cache) == 2 else (kv_cache, None)
+    found = bound.find(
+        q, k, v, k_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
+        v_scale, "mixed", sm_scale, num_prefill, num_decode, max_q_len, num_prefill_tokens, max_kv_len, kv_layout, sliding_window,
+        logits_soft_cap,
+    )  # fmt: skip
+    key, pointers, repeated = found or (None, [], None)
+    if repeated is not None:
+        return _repeat(repeated, pointers, q, None, return_lse=False)
     given = _attention(q, kv_cache, kv_layout, sm_scale, sliding_window, logits_soft_cap, sinks, k_scale, v_scale)
     for name, x in (("k", k), ("v", v)):
         checks.check_rows(x, name, given.cache.kv_heads, given.cache.head_dim)
@@ -261,11 +280,13 @@ def paged_attention_with_cache(
         given.cache, kv_indices, kv_indptr, kv_last_page_len, qo_indptr, q.shape[0], max_q_len,
         (num_prefill, num_prefill_tokens), batch_indices, positions,
     )  # fmt: skip
-    return torch.ops.patune.paged_attention_with_cache(
+    arguments = (
         q, k, v, *given.kv, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, given.sm_scale, kv_layout,
         num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, sliding_window, logits_soft_cap, sinks,
         *given.scales, given.k_factor, given.v_factor,
     )  # fmt: skip
+    with nullcontext() if key is None else bound.waiting(key):
+        return torch.ops.patune.paged_attention_with_cache(*arguments)
 
 
 def merge_states(
@@ -291,7 +312,7 @@ def merge_states(
 
 
 def _repeat(repeated: bound.Bound, pointers: list[int], q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> Any:
-    """What a decode or a prefill of q returns, by what is bound to its key."""
+    """What attention of q returns, by what is bound to its key."""
     if out is None:
         out = _out(q)
         pointers.append(out.data_ptr())

@@ -22,9 +22,9 @@ def default_config(query: dict) -> dict:
         # Behind the best of an H100's landscape, geometric mean: 2.8% (d64), 3.4% and 2.5% (d128, pages of 16 and 64), 0.4%
         # (d256). Items of a ragged batch are taken one by one: between 5% slower (d256) and 7% faster (pages of 64) than dealt out,
         # and 5% faster beside an append that keeps some SMs for longer.
-        small = query["head_dim"] <= 64
+        small, taken = query["head_dim"] <= 64, query["ragged"] and not in_one_wave(query)
         stages, issue = (3, 2) if small else (2, 1)
-        tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if query["ragged"] else 1, "issue": issue}
+        tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if taken else 1, "issue": issue}
         return {**tiles, "num_splits": prefill_splits(query)}
     if query["kernel"] == "prefill":
         # Behind the best of an H100's landscape, geometric mean: 13% (d64), 17 and 20% (d128, pages of 16 and 64), 22% (d256). A
@@ -70,6 +70,11 @@ def prefill_blocks(sizes: dict, block_m: int = 128) -> int:
     tokens = block_tokens if sizes["kernel"] == "prefill_hopper" else lambda heads: block_m // heads
     heads = packed_heads(sizes["q_heads_per_kv"], sizes["q_len"], tokens)
     return _kv_heads(sizes) * sizes["q_heads_per_kv"] // heads * -(-sizes["q_len"] // tokens(heads))
+
+
+def in_one_wave(query: dict) -> bool:
+    """Whether a prefill has no more items of prefill_hopper than there are SMs: each program has one, however they are given."""
+    return prefill_blocks(query) <= (query["sm_count"] or 132)
 
 
 def prefill_splits(query: dict, block_m: int = 128) -> int:
@@ -121,7 +126,7 @@ def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) ->
 
 def adapt(entry: dict, query: dict) -> dict:
     """The config of a table entry for another workload or GPU: of a decode an SM gets as many programs, so the splits change; those
-    of a prefill follow from its blocks."""
+    of a prefill follow from its blocks, and whether these have to be given out."""
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
         if query["kernel"] in ("prefill", "prefill_hopper"):
@@ -130,6 +135,8 @@ def adapt(entry: dict, query: dict) -> dict:
             sms = query["sm_count"] or entry["sm_count"]
             programs = config["num_splits"] * _kv_heads(query | {size: entry[size] for size in ("batch_size", "kv_heads")})
             config["num_splits"] = fit_splits(programs * sms // entry["sm_count"], query)
+    if query["kernel"] == "prefill_hopper" and in_one_wave(query):
+        config["schedule"] = 1
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
         config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
     return config

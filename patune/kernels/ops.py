@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import append, decode, decode_hopper, prefill, prefill_hopper
 from .bound import Call, remember
@@ -162,53 +163,101 @@ def prefill_call(
         )
 
     tensors = (q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    counted = values.get("schedule") == prefill_hopper.DYNAMIC  # by a counter that building the launches sets to 0
-    return Call(build, tensors, advice=4, config=(template, *values.values()), bindable=not counted)
+    return Call(build, tensors, advice=4, config=(template, *values.values()))
 
 
 def _paged_prefill(q, *arguments, **options):
     _make(prefill_call(q, *arguments, **options), q)
 
 
-def _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
-            k_factor, v_factor, config, **last_tokens):  # fmt: skip
+def append_call(
+    k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, kv_layout, k_scale, v_scale,
+    k_factor, v_factor, config, qo_indptr=None,
+) -> Call | None:  # fmt: skip
+    """The call that operator append_paged_kv_cache makes of its arguments; None if there is nothing to do.
+
+    Where batch_indices and positions are None, the tokens are the last ones of their sequences, as qo_indptr says.
+    """
     batch_size = kv_indptr.shape[0] - 1
     if k.shape[0] == 0 or batch_size == 0:
-        return
+        return None
     cache = paged_cache(kv_cache, v_cache, kv_layout)
     kv_len = _mean_kv_len(kv_indices, kv_indptr, cache.page_size)
     values = _config(append.TEMPLATE, config, k, cache, batch_size=batch_size, kv_len=kv_len, q_len=k.shape[0] // batch_size)
-    run(append.launches(
-        k, v, batch_indices, positions, cache, kv_indices, kv_indptr, values,
-        k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor, **last_tokens,
-    ), k)  # fmt: skip
+
+    def build(
+        k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, k_scale, v_scale, qo_indptr
+    ):
+        cache = paged_cache(kv_cache, v_cache, kv_layout)
+        last_tokens = dict(qo_indptr=qo_indptr, kv_last_page_len=kv_last_page_len) if positions is None else {}
+        return append.launches(
+            k, v, batch_indices, positions, cache, kv_indices, kv_indptr, values,
+            k_scale=k_scale, v_scale=v_scale, k_factor=k_factor, v_factor=v_factor, **last_tokens,
+        )  # fmt: skip
+
+    pages = kv_indices, kv_indptr, kv_last_page_len
+    tensors = (k, v, batch_indices, positions, kv_cache, v_cache, *pages, k_scale, v_scale, qo_indptr)
+    return Call(build, tensors, advice=6, config=tuple(values.values()))
 
 
-def _paged_attention_with_cache(
+def _append(k, *arguments):
+    _make(append_call(k, *arguments), k)
+
+
+def mixed_call(
     q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sm_scale,
     kv_layout, num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, window, soft_cap, sinks, k_scale, v_scale,
     k_factor, v_factor,
-):  # fmt: skip
-    page_size, tokens = kv_cache.shape[-2 if kv_layout == "HND" else -3], q.shape[0]
-    last_tokens = dict(qo_indptr=qo_indptr, kv_last_page_len=kv_last_page_len) if positions is None else {}
-    _append(k, v, batch_indices, positions, kv_cache, v_cache, kv_indices, kv_indptr, kv_layout, k_scale, v_scale,
-            k_factor, v_factor, None, **last_tokens)  # fmt: skip
-    out = q.new_empty(q.shape)
+) -> Call:  # fmt: skip
+    """The call that operator paged_attention_with_cache makes of its arguments: an append, a prefill and a decode, one after the
+    other. Its last tensor is the output, new, whose rows of padding are zeros already."""
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
-    options = (window, soft_cap, sinks, k_scale, v_scale, v_factor)
-    # Of the pages in use the host knows the sum alone. A prompt has at least its new tokens; the decodes have what is left.
-    mean = _mean_kv_len(kv_indices, kv_indptr, page_size)
-    of_prefill = max(mean, n // max(1, num_prefill))
-    of_decode = (kv_indices.shape[0] * page_size - num_prefill * of_prefill) // max(1, num_decode)
-    _paged_prefill(q[:n], kv_cache, v_cache, qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1],
-                   kv_last_page_len[:num_prefill], out[:n], None, sm_scale * k_factor, kv_layout, max_q_len, True,
-                   *options, None, kv_len=of_prefill)  # fmt: skip
-    _paged_decode(q[n:end], kv_cache, v_cache, kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:], out[n:end],
-                  None, sm_scale * k_factor, kv_layout, 1, max_kv_len, None, *options, False, None,
-                  kv_len=max(1, of_decode))  # fmt: skip
-    if end < tokens:
+    out, padding = q.new_empty(q.shape), end < q.shape[0]
+    if padding:
         out[end:].zero_()
-    return out
+    scale, options = sm_scale * k_factor, (window, soft_cap, sinks, k_scale, v_scale, v_factor)
+    # Of the pages in use the host knows the sum alone. A prompt has at least its new tokens; the decodes have what is left.
+    page_size = kv_cache.shape[-2 if kv_layout == "HND" else -3]
+    of_prefill = max(_mean_kv_len(kv_indices, kv_indptr, page_size), n // max(1, num_prefill))
+    of_decode = max(1, (kv_indices.shape[0] * page_size - num_prefill * of_prefill) // max(1, num_decode))
+
+    def prompts(qo_indptr, kv_indices, kv_indptr, kv_last_page_len) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1], kv_last_page_len[:num_prefill]
+
+    def decodes(kv_indices, kv_indptr, kv_last_page_len) -> tuple[Tensor, Tensor, Tensor]:
+        return kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:]
+
+    pages = kv_indices, kv_indptr, kv_last_page_len
+    calls = (
+        append_call(k, v, batch_indices, positions, kv_cache, v_cache, *pages, kv_layout, k_scale, v_scale, k_factor, v_factor,
+                    None, qo_indptr),
+        prefill_call(q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True,
+                     *options, None, kv_len=of_prefill),
+        decode_call(q[n:end], kv_cache, v_cache, *decodes(*pages), out[n:end], None, scale, kv_layout, 1, max_kv_len, None,
+                    *options, False, None, kv_len=of_decode),
+    )  # fmt: skip
+
+    def build(
+        q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
+        v_scale, out,
+    ) -> list[Launch]:  # fmt: skip
+        kv, pages, extras = (kv_cache, v_cache), (kv_indices, kv_indptr, kv_last_page_len), (sinks, k_scale, v_scale)
+        theirs = (
+            (k, v, batch_indices, positions, *kv, *pages, k_scale, v_scale, qo_indptr),
+            (q[:n], *kv, *prompts(qo_indptr, *pages), *extras, out[:n], None),
+            (q[n:end], *kv, *decodes(*pages), *extras, out[n:end], None),
+        )
+        return [launch for call, tensors in zip(calls, theirs) if call for launch in call.build(*tensors)]
+
+    tensors = (q, k, v, kv_cache, v_cache, qo_indptr, *pages, batch_indices, positions, sinks, k_scale, v_scale, out)
+    config = tuple(value for call in calls if call for value in call.config)
+    return Call(build, tensors, advice=6, config=config, bindable=not padding)
+
+
+def _paged_attention_with_cache(q, *arguments):
+    call = mixed_call(q, *arguments)
+    _make(call, q)
+    return call.tensors[-1]
 
 
 def _define(name: str, schema: str, implementation, returns: str = "()", fake=lambda *args: None) -> None:
@@ -232,8 +281,8 @@ _define(
 )
 _define(
     "append_paged_kv_cache",
-    "Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) kv_cache, Tensor(b!)? v_cache, Tensor kv_indices, "
-    "Tensor kv_indptr, str kv_layout, Tensor? k_scale, Tensor? v_scale, float k_factor, float v_factor, int[]? config",
+    f"Tensor k, Tensor v, Tensor batch_indices, Tensor positions, Tensor(a!) kv_cache, Tensor(b!)? v_cache, {_PAGES}, "
+    "str kv_layout, Tensor? k_scale, Tensor? v_scale, float k_factor, float v_factor, int[]? config",
     _append,
 )
 _define(

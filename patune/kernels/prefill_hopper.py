@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import PREFILL_SPLITS, block_tokens, default_config, fit, packed_heads, query_of
+from .defaults import PREFILL_SPLITS, block_tokens, default_config, fit, in_one_wave, packed_heads, query_of
 from .device import device_of
 from .prefill_join_jit import prefill_join
 from .prefill_space import far_from_even
@@ -31,7 +31,7 @@ FREE, IN_TURN = 1, 2
 TUNABLES = {
     "BLOCK_N": (64, 128),  # KV tokens a tile
     "num_stages": (2, 3, 4),  # tiles in each of the rings of K and V
-    "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken when the one before is on its way
+    "schedule": (STATIC, DYNAMIC),  # of a program an SM: items dealt out, or taken from a counter when the one before is on its way
     "issue": (FREE, IN_TURN),  # how the two groups share the tensor cores
     "num_splits": PREFILL_SPLITS,  # parts of an item's keys, where items do not fill waves of programs
 }
@@ -39,7 +39,7 @@ JIT_FUNCTIONS = (
     jit.sync, jit.signal, jit.sequences, jit.blocks_above, jit.add, jit.find_block, jit.put, jit.get, jit.find_items,
     jit.page_ids, jit.inner_page_ids, jit.group_boxes, jit.load_tiles, jit.softmax_step, jit.rescale_asm, jit.rescale_constraints,
     jit.rescale, jit.by_thread, jit.pack, jit.as_operand, jit.step, jit.clear_idle_rows, jit.clear_tail, jit.consume, jit.is_wanted,
-    jit.store_rows, jit.row_layout, jit.tile_layout, jit.prefill_attention_hopper, prefill_join,
+    jit.store_rows, jit.row_layout, jit.tile_layout, jit.prefill_attention_hopper, jit.clear_counter, prefill_join,
 )  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
     qo_indptr, max_q_len, sm_scale, causal=True, v_factor=1.0,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one prefill that `serves` takes, the second one to join its splits; arguments as in prefill.launches."""
+    """The launches of one prefill that `serves` takes: its counter's, its own, and one to join its splits, the first and the last
+    only where there are such. Arguments as in prefill.launches."""
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     num_splits, group = config["num_splits"], q_heads // cache.kv_heads
     heads = packed_heads(group, max_q_len)
@@ -74,7 +75,11 @@ def launches(
     blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
     items = blocks * q_heads // heads
     programs = min(items * num_splits, device_of(q).sm_count)
-    partial = partial_lse = tails = None
+    counter = partial = partial_lse = tails = None
+    before: list[Launch] = []
+    if config["schedule"] == DYNAMIC:
+        counter = torch.empty(1, dtype=torch.int32, device=q.device)
+        before = [Launch(jit.clear_counter, (1,), dict(counter_ptr=counter, num_warps=1, launch_pdl=True))]
     if num_splits > 1:
         partial = torch.empty(programs, BLOCK_M, head_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(programs, BLOCK_M, dtype=torch.float32, device=q.device)
@@ -86,7 +91,7 @@ def launches(
         ),
         **pool_arguments(cache, block_n, one_message=head_dim > 64),
         qo_indptr_ptr=qo_indptr, kv_indices_ptr=kv_indices, kv_indptr_ptr=kv_indptr, kv_last_page_len_ptr=kv_last_page_len,
-        counters_ptr=torch.zeros(2, dtype=torch.int32, device=q.device) if config["schedule"] == DYNAMIC else None,
+        counter_ptr=counter,
         out_ptr=out, lse_ptr=lse, partial_ptr=partial, partial_lse_ptr=partial_lse, tails_ptr=tails,
         sm_scale=sm_scale, v_scale=v_factor, batch_size=batch_size, q_heads=q_heads, num_splits=num_splits,
         stride_ot=out.stride(0), stride_oh=out.stride(1),
@@ -97,10 +102,10 @@ def launches(
         launch_pdl=True,
     ))  # fmt: skip
     if num_splits == 1:
-        return [attend]
+        return [*before, attend]
     block_s = next_power_of_2(num_splits)
     rows = max(1, min(4, JOINED // (block_s * head_dim)))
-    return [attend, Launch(prefill_join, (min(items, programs // 2) * BLOCK_M // rows,), dict(
+    return [*before, attend, Launch(prefill_join, (min(items, programs // 2) * BLOCK_M // rows,), dict(
         tails_ptr=tails, partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, q_heads=q_heads,
         stride_ot=out.stride(0), stride_oh=out.stride(1), HEAD_DIM=head_dim, HEADS=heads, TOKENS=block, ITEM=BLOCK_M,
         BLOCK_R=rows, BLOCK_S=block_s, PDL=True, num_warps=1, launch_pdl=True,
@@ -117,6 +122,8 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
         return "tiles in flight exceed shared memory"
     if key.head_dim <= 128 and stages * block_n < 256:
         return "a ring holds less than 256 tokens"
+    if config["schedule"] == DYNAMIC and in_one_wave(query_of(key, workload)):
+        return "a program has one item, dealt out or taken"
     return far_from_even(splits, query_of(key, workload))
 
 

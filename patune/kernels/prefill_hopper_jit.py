@@ -58,6 +58,15 @@ def signal(barrier):
 
 
 @gluon.jit
+def clear_counter(counter_ptr):
+    """Grid (1,): the counter that the next kernel's programs take items from. A launch, since a counter that each call leaves at 0
+    for the next one would be shared by calls on two streams."""
+    gdc_launch_dependents()
+    gdc_wait()  # the memory may have been another kernel's until now
+    gl.store(counter_ptr, 0)
+
+
+@gluon.jit
 def sequences(batch, start, PAGE_SIZE: gl.constexpr, TOKENS: gl.constexpr, BLOCK_B: gl.constexpr):
     """Query blocks and the level of the first one, of the sequences from `start` on; [BLOCK_B] each, 0 blocks after the last.
 
@@ -155,7 +164,7 @@ def get(records, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def find_items(
-    items, batch, work, counters_ptr,
+    items, batch, work, counter_ptr,
     PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, CAUSAL: gl.constexpr,
     DYNAMIC: gl.constexpr, SPLITS: gl.constexpr, BLOCK_B: gl.constexpr,
 ):  # fmt: skip
@@ -263,15 +272,11 @@ def find_items(
         if not DYNAMIC:  # there and back again: who had the longest of one round has the shortest of the next
             item = turn * programs + gl.where(turn % 2 == 0, gl.program_id(0), programs - 1 - gl.program_id(0))
         else:
-            item = programs + gl.atomic_add(counters_ptr, 1)
+            item = programs + gl.atomic_add(counter_ptr, 1)
     slot = taken % 2
     mbarrier.wait(item_empty.index(slot), ((taken // 2) & 1) ^ 1)
     put(records, slot, 0, 0)
     mbarrier.arrive(item_full.index(slot), count=1)
-    if DYNAMIC:
-        if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # the last one leaves them as they were found
-            gl.store(counters_ptr, 0)
-            gl.store(counters_ptr + 1, 0)
 
 
 # ---- its tiles
@@ -687,7 +692,7 @@ def tile_layout(n, d):
     do_not_specialize_on_alignment=["qo_indptr_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def prefill_attention_hopper(
-    q_desc, k_desc, v_desc, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counters_ptr, out_ptr, lse_ptr,
+    q_desc, k_desc, v_desc, qo_indptr_ptr, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, counter_ptr, out_ptr, lse_ptr,
     partial_ptr, partial_lse_ptr, tails_ptr, sm_scale, v_scale, batch_size, q_heads, num_splits, stride_ot, stride_oh,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, TOKENS: gl.constexpr, CAUSAL: gl.constexpr,
@@ -734,9 +739,9 @@ def prefill_attention_hopper(
     HAS_LSE: gl.constexpr = lse_ptr is not None
     if not HAS_LSE:
         lse_ptr = out_ptr  # a partition takes no None
-    DYNAMIC: gl.constexpr = counters_ptr is not None
+    DYNAMIC: gl.constexpr = counter_ptr is not None
     if not DYNAMIC:
-        counters_ptr = qo_indptr_ptr
+        counter_ptr = qo_indptr_ptr
     SPLITS: gl.constexpr = partial_ptr is not None
     if not SPLITS:
         partial_ptr = out_ptr
@@ -760,7 +765,7 @@ def prefill_attention_hopper(
             (load_tiles, (v_desc, v_ring, v_strides, items, kv_indices_ptr, query, PAGE_SIZE, GROUP, HEADS, TOKENS, IS_V)),
             (
                 find_items,
-                (items, batch, work, counters_ptr, PAGE_SIZE, BLOCK_N, HEADS, TOKENS, CAUSAL, DYNAMIC, SPLITS, BLOCK_B),
+                (items, batch, work, counter_ptr, PAGE_SIZE, BLOCK_N, HEADS, TOKENS, CAUSAL, DYNAMIC, SPLITS, BLOCK_B),
             ),
         ],
         [4, 1, 1, 1],

@@ -82,6 +82,8 @@ PREFILLS = {
     "plain": ((), {"sliding_window": 500}),
     "Hopper": ((), {"config": STATIC}),
     "Hopper, splits": ((), {"config": SPLIT}),
+    "Hopper, items taken": ((), {"config": patune.Config({**STATIC, "schedule": 2})}),
+    "Hopper, items taken, splits": ((), {"config": patune.Config({**SPLIT, "schedule": 2})}),
     "Hopper, NHD, pair, d64": ((("layout", "NHD"), ("pair", True), ("head_dim", 64)), {"config": STATIC}),
 }
 
@@ -112,6 +114,45 @@ def test_a_bound_prefill_is_bit_for_bit_the_call_before_it(name):
             assert prefill(buffers, out=poisoned)[0] is poisoned and torch.equal(poisoned, out)
     assert torch.equal(prefill(b, max_q_len=2000)[0], wanted[0][0])
     assert len(bound._bound) == 3 and all(bound._bound.values()), "with out made and given, and with the other bound"
+
+
+@pytest.mark.parametrize(("num_prefill", "changes"), [(2, {}), (0, {}), (4, {}), (2, dict(pair=True, layout="NHD"))])
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_bound_mixed_step_is_bit_for_bit_the_step_before_it(num_prefill, changes, placed):
+    """Its output and its cache, in other memory too; alone, its append is a bound call as well."""
+    q_lens = (300, 5, 1, 1) if num_prefill < 4 else (300, 5, 40, 700)
+    q_lens = (1,) * 4 if num_prefill == 0 else q_lens
+
+    def step(b: Buffers, k: torch.Tensor) -> torch.Tensor:
+        places = patune.get_batch_indices_positions(b.qo_indptr, b.seq_lens, sum(q_lens)) if placed else (None, None)
+        return patune.paged_attention_with_cache(
+            b.q, k, -k, b.kv_cache, b.qo_indptr, *b.table, num_prefill=num_prefill, num_decode=4 - num_prefill, max_q_len=700,
+            num_prefill_tokens=sum(q_lens[:num_prefill]), batch_indices=places[0], positions=places[1], **b.options,
+        )  # fmt: skip
+
+    def pages(b: Buffers) -> torch.Tensor:
+        return torch.cat([x.flatten() for x in ((b.kv_cache,) if torch.is_tensor(b.kv_cache) else b.kv_cache)]).nan_to_num(7.0)
+
+    batches, wanted = [], []
+    for _ in range(2):  # one for the ordinary way and one for bound calls, with the same data
+        batches.append(Buffers(Real((800, 500, 3000, 700), q_lens, **changes)))
+    torch.manual_seed(0)
+    new = [torch.randn(sum(q_lens), 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    for k in new:
+        bound.forget()
+        wanted.append((step(batches[0], k), pages(batches[0])))
+    bound.forget()
+    step(batches[1], new[0])
+    assert len(bound._bound) == 1 and all(bound._bound.values())
+    for k, (out, cache) in zip(new, wanted, strict=True):
+        assert torch.equal(step(batches[1], k), out) and torch.equal(pages(batches[1]), cache)
+    assert len(bound._bound) == 1
+
+    places = patune.get_batch_indices_positions(batches[1].qo_indptr, batches[1].seq_lens, sum(q_lens))
+    for k, (_, cache) in zip(new, wanted, strict=True):
+        patune.append_paged_kv_cache(k, -k, *places, batches[1].kv_cache, *batches[1].table, **batches[1].options)
+        assert torch.equal(pages(batches[1]), cache)
+    assert len(bound._bound) == 2 and all(bound._bound.values())
 
 
 def test_each_pool_of_a_bound_call_is_read_by_its_own_tensor_maps():

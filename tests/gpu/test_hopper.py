@@ -136,9 +136,9 @@ def test_a_prefill_waits_for_the_kernels_before_it_and_what_follows_for_the_pref
 
 
 @settings(max_examples=60)
-@given(cases(prefill=True, **ON_HOPPER), st.sampled_from((1, 1, 2, 7)))
-def test_small_batches_of_any_shape_and_layout_equal_the_reference(case, num_splits):
-    check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=1, issue=1, num_splits=num_splits)
+@given(cases(prefill=True, **ON_HOPPER), st.sampled_from(prefill_hopper.TUNABLES["schedule"]), st.sampled_from((1, 1, 2, 7)))
+def test_small_batches_of_any_shape_and_layout_equal_the_reference(case, schedule, num_splits):
+    check_prefill(case, "cuda", BLOCK_N=64, num_stages=2, schedule=schedule, issue=1, num_splits=num_splits)
 
 
 def test_prefill_takes_the_kernel_only_where_it_serves_and_refuses_its_config_elsewhere(monkeypatch):

@@ -31,6 +31,8 @@ HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 1
 PREFILL = Case((5, 300), (200, 330), dtype="bfloat16")
 PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 64, 16, 4), Workload(2, 265, 150)))
 PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
+TAKEN = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
+MIXED = Case((5, 300, 1, 1), (200, 330, 40, 90), dtype="bfloat16")  # two prompts and two decodes
 SCRATCH = ("partial_ptr", "partial_lse_ptr", "tails_ptr")  # of prefill_hopper
 
 
@@ -51,7 +53,33 @@ class Arguments(dict):
         self.update(dict(**own, out=batch.nan_like_q()) | changes)
 
 
+def appending(case: Case = CASE, **changes) -> dict:
+    """The arguments of an append of a case's new tokens."""
+    batch = Batch(case, "cpu")
+    k, v = (torch.zeros(len(batch.q), case.kv_heads, case.head_dim, dtype=batch.q.dtype) for _ in range(2))
+    indices, positions = patune.get_batch_indices_positions(batch.qo_indptr, batch.seq_lens, len(batch.q))
+    standin.made.clear()
+    names = ("kv_indices", "kv_indptr", "kv_last_page_len")
+    pages, layout = dict(zip(names, batch.pages)), dict(kv_layout=case.layout)
+    return dict(k=k, v=v, batch_indices=indices, positions=positions, kv_cache=batch.kv_cache, **pages, **layout) | changes
+
+
+def mixed(case: Case = MIXED, num_prefill: int = 2, padding: int = 0, **changes) -> dict:
+    """The arguments of a mixed step of a case, whose tokens' places are not given."""
+    batch, new = Batch(case, "cpu"), appending(case)
+    new["q"], heads = batch.q, ("q", "k", "v")
+    rows = {x: torch.cat([new.pop(x), torch.zeros(padding, new_heads, case.head_dim, dtype=batch.q.dtype)])
+            for x, new_heads in zip(heads, (case.kv_heads * case.group, case.kv_heads, case.kv_heads))}  # fmt: skip
+    del new["batch_indices"], new["positions"]
+    counts = dict(num_prefill=num_prefill, num_decode=len(case.q_lens) - num_prefill, max_q_len=300)
+    return rows | new | counts | dict(qo_indptr=batch.qo_indptr, num_prefill_tokens=sum(case.q_lens[:num_prefill])) | changes
+
+
 def call(arguments: dict):
+    if "q" not in arguments:
+        return patune.append_paged_kv_cache(**arguments)
+    if "num_prefill" in arguments:
+        return patune.paged_attention_with_cache(**arguments)
     return (patune.paged_prefill if "max_q_len" in arguments else patune.paged_decode)(**arguments)
 
 
@@ -163,7 +191,25 @@ VARIATIONS = {
     "prefill, plain, options": lambda: Arguments(
         PREFILL, max_q_len=300, config=PREFILL_PLAIN, sliding_window=50, sinks=torch.zeros(8), k_scale=ONE, v_scale=2.0
     ),
+    "prefill, items taken": lambda: Arguments(PREFILL, max_q_len=300, config=TAKEN),
+    "prefill, items taken, splits": lambda: Arguments(PREFILL, max_q_len=300, config=patune.Config({**TAKEN, "num_splits": 3})),
     "Hopper, larger pool": lambda: Arguments(dataclasses.replace(CASE, kv_lens=(3000, 5000)), config=HOPPER),
+    "append": appending,
+    "append, strided": lambda: (lambda a: a | {"k": strided(a["k"])})(appending()),
+    "append, pair": lambda: appending(dataclasses.replace(CASE, pair=True)),
+    "append, NHD": lambda: appending(dataclasses.replace(CASE, layout="NHD")),
+    "append, more tokens": lambda: appending(PREFILL),
+    "append, float scales": lambda: appending(k_scale=0.5, v_scale=2.0),
+    "append, fp8, tensor scales": lambda: appending(
+        dataclasses.replace(CASE, kv_dtype="float8_e4m3fn"), k_scale=ONE, v_scale=ONE.clone()
+    ),
+    "mixed": mixed,
+    "mixed, places given": lambda: mixed() | {name: appending(MIXED)[name] for name in ("batch_indices", "positions")},
+    "mixed, pair": lambda: mixed(dataclasses.replace(MIXED, pair=True)),
+    "mixed, one prompt more": lambda: mixed(num_prefill=3),
+    "mixed, prompts alone": lambda: mixed(PREFILL),
+    "mixed, decodes alone": lambda: mixed(CASE, num_prefill=0),
+    "mixed, options": lambda: mixed(sliding_window=50, sinks=torch.zeros(8), k_scale=ONE, v_scale=2.0, max_kv_len=330),
 }
 
 
@@ -194,10 +240,9 @@ def test_a_bound_call_has_the_grid_and_the_scratch_of_its_gpu(monkeypatch, num_s
     assert sum(x.nbytes for x in scratch.values()) <= only.scratch_bytes <= sum(x.nbytes + 127 for x in scratch.values())
 
 
-def test_a_prefill_that_takes_items_from_a_counter_is_not_bound():
-    """The counter is set to 0 on the device before each launch."""
-    config = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
-    assert not is_bound(Arguments(PREFILL, max_q_len=300, config=config)) and not bound._bound
+def test_a_mixed_step_with_padding_is_not_bound():
+    """Its rows are set to zero on the device, and not by a launch."""
+    assert not is_bound(mixed(padding=3)) and not bound._bound
 
 
 @pytest.mark.parametrize("name", VARIATIONS)

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from paged import Batch, Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,21 +80,34 @@ def test_building_the_launches_of_a_prefill_allocates_and_takes_views_only(case)
 
 
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-def test_building_the_launch_of_a_prefill_for_hopper_allocates_only_but_for_a_counter(layout):
-    """With one, a call is not bound: see bound_calls.py."""
+@pytest.mark.parametrize("schedule", prefill_hopper.TUNABLES["schedule"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_building_the_launches_of_a_prefill_for_hopper_allocates_and_takes_views_only(layout, schedule, num_splits):
+    """A counter of items too is set to 0 by a launch."""
     batch = Batch(Case((5, 300), (200, 330), dtype="bfloat16", layout=layout), "cpu")
     cache, out = paged_cache(batch.kv_cache, None, layout), batch.nan_like_q()
     assert prefill_hopper.serves("9.0", batch.q, cache, out)
+    config = dict(BLOCK_N=64, num_stages=4, schedule=schedule, issue=1, num_splits=num_splits)
+    options = dict(qo_indptr=batch.qo_indptr, max_q_len=300, sm_scale=0.1)
+    with OnlyScratchAndViews():
+        launches = prefill_hopper.launches(batch.q, cache, *batch.pages, out, None, config, **options)
+    assert len(launches) == 1 + (schedule == prefill_hopper.DYNAMIC) + (num_splits > 1)
 
-    def build(schedule: int):
-        config = dict(BLOCK_N=64, num_stages=4, schedule=schedule, issue=1, num_splits=1)
-        options = dict(qo_indptr=batch.qo_indptr, max_q_len=300, sm_scale=0.1)
-        with OnlyScratchAndViews():
-            return prefill_hopper.launches(batch.q, cache, *batch.pages, out, None, config, **options)
 
-    assert build(prefill_hopper.STATIC)
-    with pytest.raises(AssertionError, match="while launches were built"):
-        build(prefill_hopper.DYNAMIC)
+@given(cases(prefill=True, dtypes=("bfloat16",)), st.integers(0, 3))
+def test_building_the_launches_of_a_mixed_step_allocates_and_takes_views_only(case, num_prefill):
+    n = min(num_prefill, len(case.q_lens))
+    decodes = len(case.q_lens) - n
+    batch = Batch(replace(case, q_lens=(*case.q_lens[:n], *[1] * decodes)), "cpu")
+    rows = sum(case.q_lens[:n])
+    k = torch.zeros(len(batch.q), case.kv_heads, case.head_dim, dtype=batch.q.dtype)
+    kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
+    call = ops.mixed_call(
+        batch.q, k, k, *kv, batch.qo_indptr, *batch.pages, None, None, 0.1, case.layout, n, decodes, rows,
+        max(case.q_lens), None, case.window, case.soft_cap, batch.options.get("sinks"), torch.ones(1), torch.ones(1), 1.0, 1.0,
+    )  # fmt: skip
+    with OnlyScratchAndViews():
+        assert call.build(*call.tensors)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")

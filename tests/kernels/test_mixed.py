@@ -264,7 +264,7 @@ def test_append_is_a_sound_operator(pair):
     indices, positions = patune.get_batch_indices_positions(batch.qo_indptr, batch.seq_lens, 5)
     opcheck(
         torch.ops.patune.append_paged_kv_cache.default,
-        (k, k * 2, indices, positions, *split(batch.kv_cache), *batch.pages[:2], "HND", None, None, 1.0, 1.0, None),
+        (k, k * 2, indices, positions, *split(batch.kv_cache), *batch.pages, "HND", None, None, 1.0, 1.0, None),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def append(cache, tokens: int, by: int = 0) -> None:
     x = torch.zeros(tokens, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     positions = offset(i32([0] * tokens), by)
     torch.ops.patune.append_paged_kv_cache(
-        x, x, positions, positions, cache, None, i32([0]), i32([0, 1]), "HND", None, None, 1.0, 1.0, None
+        x, x, positions, positions, cache, None, i32([0]), i32([0, 1]), i32([1]), "HND", None, None, 1.0, 1.0, None
     )
 
 
