@@ -55,25 +55,28 @@ def page_ids(page_ids_ptr, start, pages, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def load_tile(
-    ptr, page, start, end, stride_p, STRIDE_T: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """K or V of the tile at token `start` on the pages `page`, 0 for tokens >= end. [BLOCK_N, BLOCK_D]"""
+def page_offset(page, stride_p):
+    """Where pages begin, in elements. Ids are taken without a sign: a row's address is 4 instructions then, not 16.
+
+    Computed once for K and V where it is the same: with two, the loop of 128 registers a thread spills. 4 to 8% of long prompts.
+    """
+    return page.to(tl.uint32).to(tl.int64) * stride_p
+
+
+@triton.jit
+def tile_pointers(
+    ptr, offset, start, STRIDE_T: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Of K or V of the tile at token `start`, on the pages at `offset`. [BLOCK_N, BLOCK_D]"""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    # Page ids without a sign, and what does not change from tile to tile first: a row's address is 4 instructions then, not 16.
-    offset = page.to(tl.uint32).to(tl.int64) * stride_p
-    if PAGE_SIZE % BLOCK_N == 0:
+    if PAGE_SIZE % BLOCK_N == 0:  # what does not change from tile to tile comes first, of the others
         ptrs = (ptr + offset + (start % PAGE_SIZE) * STRIDE_T) + (offs_n * STRIDE_T)[:, None] + offs_d[None, :]
     elif BLOCK_N % PAGE_SIZE == 0:
         ptrs = (ptr + (offs_n % PAGE_SIZE * STRIDE_T)[:, None] + offs_d[None, :]) + offset[:, None]
     else:
         ptrs = (ptr + ((start + offs_n) % PAGE_SIZE * STRIDE_T)[:, None] + offs_d[None, :]) + offset[:, None]
-    mask = (start + offs_n < end)[:, None]
-    if BLOCK_D != HEAD_DIM:
-        mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return tl.load(ptrs, mask=mask, other=0.0)
+    return ptrs
 
 
 @triton.jit
@@ -85,23 +88,36 @@ def attend(
 ):  # fmt: skip
     """The KV tile at token `start` on the pages `page`. Returns m, l, acc.
 
-    Neither K nor V is read from `end` on, so stale NaN never meets a weight of 0. Outside of [inner_start, inner_end), keys >= end,
-    keys after a row's last key and keys before its window are hidden.
+    Outside of [inner_start, inner_end), keys after a row's last key and keys before its window are hidden. So K may be read past
+    `end`, where it is whatever the pages hold; V is 0 there, as a stale NaN is NaN with a weight of 0, too.
     """
-    k = load_tile(k_ptr, page, start, end, stride_kp, STRIDE_KT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+    keys = start + tl.arange(0, BLOCK_N)
+    columns = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    k_offset = page_offset(page, stride_kp)
+    v_offset = k_offset
+    if stride_vp is not None:
+        v_offset = page_offset(page, stride_vp)
+    k_ptrs = tile_pointers(k_ptr, k_offset, start, STRIDE_KT, PAGE_SIZE, BLOCK_N, BLOCK_D)
+    if BLOCK_D == HEAD_DIM:
+        k = tl.load(k_ptrs)
+    else:
+        k = tl.load(k_ptrs, mask=columns, other=0.0)
     s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if HAS_SOFT_CAP:
         s = cap_logits(s * qk_scale, soft_cap)
     # A branch, where a second loop would have to fill its pipeline anew: 3 to 7% of short prompts on an H100.
     if (start < inner_start) | (start >= inner_end):
-        keys = start + tl.arange(0, BLOCK_N)
-        visible = (keys < end)[None, :] & (keys[None, :] <= last_key[:, None])
+        visible = keys[None, :] <= last_key[:, None]
         if HAS_WINDOW:
             visible = visible & (keys[None, :] > last_key[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
     # Rescaled always: whether any row needs it is known only after all warps have waited for each other, which costs more.
     p, m, l, acc = softmax_step(s, exponent, m, l, acc)
-    v = load_tile(v_ptr, page, start, end, stride_vp, STRIDE_VT, HEAD_DIM, PAGE_SIZE, BLOCK_N, BLOCK_D)
+    v_ptrs = tile_pointers(v_ptr, v_offset, start, STRIDE_VT, PAGE_SIZE, BLOCK_N, BLOCK_D)
+    there = (keys < end)[:, None]
+    if BLOCK_D != HEAD_DIM:
+        there = there & columns
+    v = tl.load(v_ptrs, mask=there, other=0.0)
     return m, l, dot(p.to(q.dtype), v.to(q.dtype), acc)
 
 
@@ -124,7 +140,7 @@ def prefill_attention(
     out and lse, [num_splits * all_tokens, q_heads, ...], have the rows of split s from s * all_tokens on.
 
     PACK heads of a group are rows of one block, so that it reaches BLOCK_M // PACK tokens past the diagonal, not BLOCK_M. The rows
-    that PACK leaves over are nobody's.
+    that PACK leaves over are nobody's. stride_vp is None where it is stride_kp: then K and V have their pages' offsets together.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     split = tl.program_id(0) % num_splits
@@ -225,7 +241,7 @@ TUNABLES = {
     "num_splits": PREFILL_SPLITS,  # parts of a block's keys, where blocks do not fill waves of programs
 }
 JIT_FUNCTIONS = (
-    dot, kv_length, cap_logits, add_sink, find_block, page_ids, load_tile, softmax_step, attend, prefill_attention,
+    dot, kv_length, cap_logits, add_sink, find_block, page_ids, page_offset, tile_pointers, softmax_step, attend, prefill_attention,
     prefill_reduce,
 )  # fmt: skip
 BLOCK_B = 128  # sequences looked at together when query blocks are counted
@@ -251,7 +267,8 @@ def launches(
         batch_size=batch_size, q_heads=q_heads, num_splits=num_splits, all_tokens=tokens,
         stride_qt=q.stride(0), stride_qh=q.stride(1), stride_qd=q.stride(2),
         stride_kp=cache.k_strides[0], stride_kh=cache.k_strides[1], STRIDE_KT=cache.k_strides[2],
-        stride_vp=cache.v_strides[0], stride_vh=cache.v_strides[1], STRIDE_VT=cache.v_strides[2],
+        stride_vp=cache.v_strides[0] if cache.v_strides[0] != cache.k_strides[0] else None,
+        stride_vh=cache.v_strides[1], STRIDE_VT=cache.v_strides[2],
         stride_ot=attended.stride(0), stride_oh=attended.stride(1), stride_od=attended.stride(2),
         HEAD_DIM=head_dim, PAGE_SIZE=cache.page_size, GROUP=group, PACK=pack, CAUSAL=causal,
         HAS_WINDOW=window is not None, HAS_SOFT_CAP=soft_cap is not None,
