@@ -10,22 +10,25 @@ winner is not, the next fastest trial that is takes its place.
 import sqlite3
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from patune.cachedb.store import Store
-from patune.cachedb.trial import Trial
+from patune.cachedb.trial import Environment, Trial
 from patune.tuner.compile import CompilePool
 from patune.workload import Key, Workload
 
 
 def ship(out: Path, sources: list[Path]) -> int:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         draft = Path(folder) / "table.db"
         with Store.open(draft) as table:
+            last: dict[tuple[Key, Workload], tuple[Store, Environment]] = {}
             for source in sources:
-                with Store.open(source) as store:
-                    _copy_winners(store, table)
+                store = opened.enter_context(Store.open(source))
+                last |= {(key, workload): (store, environment) for key, workload, environment in store.tried()}
+            _copy_winners(last, table)
             count = len(table.entries())
         with closing(sqlite3.connect(draft)) as connection:  # a WAL file cannot be opened from a read-only folder
             connection.execute("PRAGMA journal_mode = delete")
@@ -35,9 +38,9 @@ def ship(out: Path, sources: list[Path]) -> int:
     return count
 
 
-def _copy_winners(store: Store, table: Store) -> None:
+def _copy_winners(sources: Mapping[tuple[Key, Workload], tuple[Store, Environment]], table: Store) -> None:
     pools: dict[str, CompilePool] = {}
-    for key, workload, environment in store.tried():
+    for (key, workload), (store, environment) in sources.items():
         entry = store.incumbent(key, workload)
         if entry is None or entry["mode"] != "measured":
             continue

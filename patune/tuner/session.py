@@ -252,9 +252,11 @@ class _Session:
                 self.prepared.add((soon.key, soon.workload))
                 default = soon.template.default(soon.key, soon.workload)
                 runner.prepare(soon.key, soon.workload, [default, *soon.points()])
+        # Of those that are not done, what leads so far: else a lane would start without what the workload before it has found.
+        leading = [(t.workload, t.champion) for t in self.clocks if t.key == item.key and t.champion != t.default]
         task = Task(
             item, runner, self.store, trials=self.trials, seed=self.seed,
-            winners=self.work.winners(item.key), ledger=self.work.ledger(item),
+            winners=[*self.work.winners(item.key), *leading], ledger=self.work.ledger(item),
         )  # fmt: skip
         now = self.fleet.now()
         ends = None

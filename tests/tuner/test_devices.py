@@ -8,6 +8,7 @@ import pytest
 from patune.cachedb import landscape
 from patune.cachedb.store import Store
 from patune.kernels.registry import template
+from patune.tuner import task
 from patune.tuner.events import Failed, Finished, Progress
 from patune.tuner.replay import ReplayRunner
 from patune.tuner.search import ENUMERATED
@@ -81,6 +82,22 @@ def test_a_workload_that_fails_on_one_device_leaves_the_others_at_work(tmp_path)
     results, events, _ = run(tmp_path / "a.db", fleet, items)
     assert sorted(result.workload.batch_size for result in results) == [1, 4, 8]
     assert [event.workload.batch_size for event in events if isinstance(event, Failed)] == [2]
+
+
+def test_a_workload_starts_from_what_leads_on_those_that_are_not_done(tmp_path, monkeypatch):
+    """With two lanes, the one before it is seldom done when it starts."""
+    offered, transferred = {}, task.transferred
+
+    def watch(template, key, workload, winners, usable):
+        offered[workload] = {other: dict(config) for other, config in winners}
+        return transferred(template, key, workload, winners, usable)
+
+    monkeypatch.setattr(task, "transferred", watch)
+    items = [Item(TEMPLATE, KEY, Workload(batch, 4096)) for batch in (1, 2, 4)]
+    run(tmp_path / "a.db", Simulated([FormulaRunner(noise=0.001)], lanes=2), items, trials=None)
+    assert offered[items[0].workload] == offered[items[1].workload] == {}
+    assert set(offered[items[2].workload]) == {items[0].workload, items[1].workload}
+    assert all(formula_us(config) < formula_us(TEMPLATE.default(KEY, WORKLOAD)) for config in offered[items[2].workload].values())
 
 
 def test_every_event_says_which_device_it_was(tmp_path):
