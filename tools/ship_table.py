@@ -40,12 +40,16 @@ def ship(out: Path, sources: list[Path]) -> int:
 
 def _copy_winners(sources: Mapping[tuple[Key, Workload], tuple[Store, Environment]], table: Store) -> None:
     pools: dict[str, CompilePool] = {}
+    winners = []
     for (key, workload), (store, environment) in sources.items():
         entry = store.incumbent(key, workload)
         if entry is None or entry["mode"] != "measured":
             continue
         if environment.capability not in pools:
             pools[environment.capability] = CompilePool(environment.capability)
+        pools[environment.capability].submit(key, workload, [entry["config"]])  # all of them at once
+        winners.append((key, workload, store, environment, entry))
+    for key, workload, store, environment, entry in winners:
         trial = _fastest_that_compiles(store, key, workload, entry, pools[environment.capability])
         (trial_id,) = table.add_trials(key, workload, environment, [trial], "measured")
         default_us = entry["default_us"]

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from ..tuner.session import Work
 
 
-# Workloads that a GPU which measures has under way. One at a time, an H100 measured in 68% of the time after the start: in a job of
-# 74 s it waited 17 s for compilers, and 8 s while races were decided, which now passes while it measures for the other one.
-LANES = 2
-
-
 @click.command(short_help="Tune a GPU, or replay how it went on one.")
 @click.option("--gpu", type=GPU_OR_AUTO, required=True, help="The GPU to tune for; auto: the one here.")
 @click.option(
@@ -165,7 +160,7 @@ def _fleet(chosen: source.Source) -> "Fleet":
         from ..tuner.gpu import GpuRunner
 
         runners = GpuRunner.several([source.cuda_name(device) for device in chosen.devices])
-        return Threads(runners, [str(device) for device in chosen.devices], LANES)
+        return Threads(runners, [str(device) for device in chosen.devices])
     from ..tuner.replay import ReplayRunner
 
     return Threads([ReplayRunner(chosen.landscape)], ["replay"])

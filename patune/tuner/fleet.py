@@ -1,8 +1,4 @@
-"""The devices of one run. Their races run in threads of their own, so that one thread can decide for all of them.
-
-A device may have several lanes, each with a workload of its own: it measures for one of them at a time, and while that one's
-race is decided, or its next configs are compiled, it measures for another.
-"""
+"""The devices of one run. Each measures in a thread of its own, so that one thread can decide for all of them."""
 
 import queue
 import threading
@@ -20,18 +16,17 @@ Outcome = Race | BaseException
 class Fleet(Protocol):
     runners: Sequence[Runner]  # one a device
     names: Sequence[str]  # of the devices, for people
-    lanes: Sequence[int]  # the device of each lane; the first lanes of all devices come before the second ones
 
     def now(self) -> float:
         """Seconds on the clock that the devices' work takes time on."""
         ...
 
-    def submit(self, lane: int, call: Call) -> None:
-        """Start a race in an idle lane."""
+    def submit(self, device: int, call: Call) -> None:
+        """Start a race on an idle device."""
         ...
 
     def wait(self, until: float | None) -> tuple[int, Outcome] | None:
-        """The next lane that is done, and what came of its race; None if none is by `until`."""
+        """The next device that is done, and what came of its race; None if none is by `until`."""
         ...
 
     def close(self) -> None:
@@ -42,17 +37,15 @@ class Fleet(Protocol):
 class Threads:
     """A Fleet that measures in real time."""
 
-    def __init__(self, runners: Sequence[Runner], names: Sequence[str], lanes: int = 1):
-        """So many `lanes` a device."""
+    def __init__(self, runners: Sequence[Runner], names: Sequence[str]):
         self.runners, self.names = runners, names
-        self.lanes: Sequence[int] = [*range(len(runners))] * lanes
         self._done: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
 
     def now(self) -> float:
         return time.monotonic()
 
-    def submit(self, lane: int, call: Call) -> None:
-        threading.Thread(target=self._run, args=(lane, call), name=f"patune-lane-{lane}", daemon=True).start()
+    def submit(self, device: int, call: Call) -> None:
+        threading.Thread(target=self._run, args=(device, call), name=f"patune-device-{device}", daemon=True).start()
 
     def wait(self, until: float | None) -> tuple[int, Outcome] | None:
         try:
@@ -64,9 +57,9 @@ class Threads:
         with ThreadPoolExecutor(len(self.runners)) as ending:  # a GPU takes its time to be freed
             list(ending.map(lambda runner: runner.close(), self.runners))
 
-    def _run(self, lane: int, call: Call) -> None:
+    def _run(self, device: int, call: Call) -> None:
         try:
-            outcome: Outcome = call(self.runners[self.lanes[lane]])
+            outcome: Outcome = call(self.runners[device])
         except BaseException as error:  # noqa: BLE001  the thread that waits raises it
             outcome = error
-        self._done.put((lane, outcome))
+        self._done.put((device, outcome))

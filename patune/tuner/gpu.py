@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,6 @@ class GpuRunner:
         self.environment: Environment = self._worker.environment
         self._pool = pool or _pool_for(self.environment)
         self._closed = False
-        self._turn = threading.Lock()  # whoever has it talks to the worker, or replaces it
         self.phases = Phases()
 
     @classmethod
@@ -59,23 +57,21 @@ class GpuRunner:
         from ..kernels.registry import template
 
         configs: dict[int, Values] = dict(enumerate([reference, *points], start=REFERENCE))
-        asked = time.monotonic()
-        outcomes = self._build(key, workload, configs)  # meanwhile the worker measures for others
-        log.debug("%s %s: waited %.2f s for the compilers", key.kernel, workload, time.monotonic() - asked)
-        with self._turn:
+        try:
+            self.phases.enter("compilers")
             began = time.monotonic()
-            try:
-                while len(outcomes) < len(configs):
-                    todo = {i: config for i, config in configs.items() if i not in outcomes}
-                    outcomes.update(self._attempt(key, workload, todo, rounds))
-            finally:
-                self.phases.enter("waiting")
-            held_s = time.monotonic() - began
+            outcomes = self._build(key, workload, configs)
+            log.debug("%s %s: waited %.2f s for the compilers", key.kernel, workload, time.monotonic() - began)
+            while len(outcomes) < len(configs):
+                todo = {i: config for i, config in configs.items() if i not in outcomes}
+                outcomes.update(self._attempt(key, workload, todo, rounds))
+        finally:
+            self.phases.enter(None)
         source_hash, when = template(key.kernel).source_hash, datetime.now(UTC).isoformat(timespec="seconds")
         first, *others = [
             Trial(config=dict(config), source_hash=source_hash, when=when, **outcomes[i]) for i, config in configs.items()
         ]
-        return Race(others, first, held_s)
+        return Race(others, first)
 
     def optimum_us(self, key: Key, workload: Workload) -> float | None:
         return None
@@ -121,7 +117,7 @@ class GpuRunner:
                 report = self._worker.receive(self._timeout_s)
         except _Lost as lost:
             log.debug("%s %s: %s, %s", key.kernel, workload, lost.status, lost.message)
-            self.phases.enter("waiting")
+            self.phases.enter(None)  # a new process is not a measurement
             self._restart()
             return self._blame(key, workload, lost, running, outcomes)
         for i, samples in report[1].items():

@@ -3,27 +3,24 @@
 import time
 from collections.abc import Sequence
 
-PHASES = ("waiting", "tensors", "checks", "races")  # checks include capturing graphs
+PHASES = ("compilers", "tensors", "checks", "races")  # waiting for the first; checks include capturing graphs
 MEASURING = ("checks", "races")
 STARTUP_S = 15.0  # of a run: loading torch, starting processes, compiling what is measured first
 
 
 class Phases:
-    """The spans of time that one device spent in each phase, on the clock of `time.monotonic`.
-
-    It waits from its start to the end of its last race whenever it does nothing else: for compilers, for what is decided, for
-    a new process in the place of one that died.
-    """
+    """The spans of time that one device spent in each phase of its races, on the clock of `time.monotonic`."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, float, float]] = []
-        self._now = ("waiting", time.monotonic())
+        self._now: tuple[str, float] | None = None
 
-    def enter(self, phase: str) -> None:
-        """End the phase that runs and begin another one. What follows the last call is in no phase."""
+    def enter(self, phase: str | None) -> None:
+        """End the phase that runs and begin another one; None between races."""
         now = time.monotonic()
-        self.spans.append((*self._now, now))
-        self._now = phase, now
+        if self._now:
+            self.spans.append((*self._now, now))
+        self._now = (phase, now) if phase else None
 
     def seconds(self, phase: str, since: float = 0.0) -> float:
         return sum(max(0.0, end - max(start, since)) for name, start, end in self.spans if name == phase)

@@ -18,7 +18,6 @@ class Race:
 
     trials: list[Trial]  # in the order of the points
     reference: Trial  # of what they raced against; it is timed in every round, a slow point only in the first ones
-    held_s: float | None = None  # seconds that it had the device to itself; None if that is all the time that it took
 
 
 class Runner(Protocol):
@@ -31,10 +30,7 @@ class Runner(Protocol):
         ...
 
     def measure(self, key: Key, workload: Workload, points: Sequence[Values], reference: Values, rounds: int = ROUNDS) -> Race:
-        """Check and race the points and the reference. A point that fails costs nothing but its own trial.
-
-        Several threads may call it at once: the device measures for one of them at a time.
-        """
+        """Check and race the points and the reference. A point that fails costs nothing but its own trial."""
         ...
 
     def optimum_us(self, key: Key, workload: Workload) -> float | None:

@@ -1,4 +1,4 @@
-"""A tuning run: workloads are handed to lanes of devices, races run, decisions are stored. It knows neither GPUs nor terminals."""
+"""A tuning run: workloads are handed to idle devices, races run, decisions are stored. It knows neither GPUs nor terminals."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,18 +117,18 @@ def tune(
 
 @dataclass(slots=True)
 class _Clock:
-    """The times of a task that is not done, in seconds: when, on the fleet's clock; how long, of a device's time."""
+    """The times of a task that is not done, in seconds on the fleet's clock."""
 
     started: float
     ends: float | None  # its share of the budget
     config_s: float | None = None  # what a config of its quickest race took
     first: int = 0  # configs of its first race
     setup_s: float = 0.0  # what the first race took beyond that: a device that comes to help makes tensors too
-    spent_s: float = 0.0  # of devices' time
+    spent_s: float = 0.0  # by all devices
     measured: int = 0  # configs
 
     def to_do_s(self, configs: int) -> float:
-        """What is to come, if it is so many configs and a last race, on a device that does nothing else."""
+        """What is to come, if it is so many configs and a last race."""
         return (configs + LAST_RACE) * (self.config_s or 0.0)
 
     def took(self, seconds: float, configs: int) -> None:
@@ -154,8 +154,8 @@ class _Session:
         self.work, self.fleet, self.store, self.trials, self.seed = work, fleet, store, trials, seed
         self.ends, self.on_event = ends, on_event
         self.clocks: dict[Task, _Clock] = {}  # of the tasks that are not done, in the order they were started
-        self.at: dict[int, Task] = {}  # what each lane was last on
-        self.busy: dict[int, tuple[Task, Job, float]] = {}  # lane -> what it is on, since when
+        self.at: dict[int, Task] = {}  # what each device last measured
+        self.busy: dict[int, tuple[Task, Job, float]] = {}  # device -> what it measures, since when
         self.prepared: set[tuple[Key, Workload]] = set()
         self.results: list[Finished] = []
         self.started = 0  # tasks
@@ -164,9 +164,9 @@ class _Session:
     def run(self) -> list[Finished]:
         runner = self.fleet.runners[0]
         self.on_event(Started(self.work.left(), runner.environment, runner.mode, tuple(self.fleet.names)))
-        idle = list(range(len(self.fleet.lanes)))
+        idle = list(range(len(self.fleet.runners)))
         while not self._over():
-            idle = [lane for lane in idle if not self._assign(lane)]
+            idle = [device for device in idle if not self._assign(device)]
             if not self.busy:
                 if self.work.wait():
                     continue
@@ -184,40 +184,31 @@ class _Session:
     def _over(self) -> bool:
         return self.ends is not None and self.fleet.now() >= self.ends
 
-    def _assign(self, lane: int) -> bool:
-        """Give an idle lane something to do, if there is anything."""
-        found = self._find(lane)
+    def _assign(self, device: int) -> bool:
+        """Give an idle device something to do, if there is anything."""
+        found = self._find(device)
         if found is None:
             return False
         task, job = found
-        self.at[lane], self.busy[lane] = task, (task, job, self.fleet.now())
+        self.at[device], self.busy[device] = task, (task, job, self.fleet.now())
         item = task.item
-        self.fleet.submit(lane, lambda runner: runner.measure(item.key, item.workload, job.points, job.reference, job.rounds))
+        self.fleet.submit(device, lambda runner: runner.measure(item.key, item.workload, job.points, job.reference, job.rounds))
         return True
 
-    def _find(self, lane: int) -> tuple[Task, Job] | None:
-        """The workload that it is on, one that nobody is on, a share in one that would last too long, a new one, a share in any.
-
-        Never one that another lane of its device is on: that would only make two small races of a large one.
-        """
-        beside = self._beside(lane)
-        for task in self._under_way(lane):
-            if task not in beside and (job := self._job(task, len(beside))):
+    def _find(self, device: int) -> tuple[Task, Job] | None:
+        """The workload that it is on, one that nobody is on, a share in one that would last too long, a new one, a share in any."""
+        for task in self._under_way(device):
+            if job := self._job(task):
                 return task, job
         while (item := self.work.next()) is not None:
             task = self._start(item)
-            if job := self._job(task, len(beside)):
+            if job := self._job(task):
                 return task, job
         return None
 
-    def _beside(self, lane: int) -> set[Task]:
-        """What the other lanes of its device are on."""
-        device = self.fleet.lanes[lane]
-        return {task for other, (task, *_) in self.busy.items() if self.fleet.lanes[other] == device}
-
-    def _under_way(self, lane: int) -> Iterator[Task]:
-        if self.at.get(lane) in self.clocks:
-            yield self.at[lane]
+    def _under_way(self, device: int) -> Iterator[Task]:
+        if self.at.get(device) in self.clocks:
+            yield self.at[device]
         yield from [task for task in self.clocks if not task.running]
         if len(self.fleet.runners) > 1:
             yield from self._stragglers()
@@ -234,59 +225,52 @@ class _Session:
         ]
         return sorted(found, key=lambda task: to_do_s[task], reverse=True)
 
-    def _job(self, task: Task, beside: int) -> Job | None:
-        """Its next race, on a device that takes turns with so many other workloads."""
+    def _job(self, task: Task) -> Job | None:
         clock, limit = self.clocks[task], ENUMERATED
         if len(self.fleet.runners) > 1:
             first = FIRST_RACE if self.started <= len(self.fleet.runners) else ENUMERATED
             limit = max(FIRST_RACE, int(RACE_S / clock.config_s)) if clock.config_s else first
-        if clock.ends is not None and clock.config_s:
-            if self.fleet.now() + clock.to_do_s(min(limit, BATCH)) * (1 + beside) > clock.ends:
-                task.stop_search()
+        if clock.ends is not None and clock.config_s and self.fleet.now() + clock.to_do_s(min(limit, BATCH)) > clock.ends:
+            task.stop_search()
         return task.job(limit)
 
     def _start(self, item: Item) -> Task:
-        runner = self.fleet.runners[0]
+        runner, devices = self.fleet.runners[0], len(self.fleet.runners)
         for soon in [item, *self.work.soon(AHEAD)]:  # these compile while this one is measured, in this order
             if (soon.key, soon.workload) not in self.prepared:
                 self.prepared.add((soon.key, soon.workload))
                 default = soon.template.default(soon.key, soon.workload)
                 runner.prepare(soon.key, soon.workload, [default, *soon.points()])
-        # Of those that are not done, what leads so far: else a lane would start without what the workload before it has found.
-        leading = [(t.workload, t.champion) for t in self.clocks if t.key == item.key and t.champion != t.default]
         task = Task(
             item, runner, self.store, trials=self.trials, seed=self.seed,
-            winners=[*self.work.winners(item.key), *leading], ledger=self.work.ledger(item),
+            winners=self.work.winners(item.key), ledger=self.work.ledger(item),
         )  # fmt: skip
         now = self.fleet.now()
         ends = None
         if self.ends is not None:
-            # Lanes, not devices: each takes longer for a task the more of them take turns on its device.
-            lanes, tasks = len(self.fleet.lanes), self.work.left() + len(self.clocks) + 1
-            ends = min(self.ends, now + (self.ends - now) * lanes / tasks)
+            ends = min(self.ends, now + (self.ends - now) * devices / (self.work.left() + len(self.clocks) + 1))
         self.clocks[task] = _Clock(now, ends)
         self.started += 1
         return task
 
-    def _take(self, lane: int, outcome: Outcome) -> None:
-        task, job, since = self.busy.pop(lane)
-        if task not in self.clocks:  # it failed while this lane helped
+    def _take(self, device: int, outcome: Outcome) -> None:
+        task, job, since = self.busy.pop(device)
+        if task not in self.clocks:  # it failed while this device helped
             return
         clock, now = self.clocks[task], self.fleet.now()
         if isinstance(outcome, Race):
-            name, configs = self.fleet.names[self.fleet.lanes[lane]], len(job.points) + 1
-            took_s = now - since if outcome.held_s is None else outcome.held_s
+            name, took_s, configs = self.fleet.names[device], now - since, len(job.points) + 1
             log.debug("%s: device %s raced %d configs in %.2f s", task.item, name, configs, took_s)
             clock.spent_s += took_s
             clock.measured += len(job.asked)
-            if job.asked and any(trial.samples_us for trial in (outcome.reference, *outcome.trials)):
-                clock.took(took_s, configs)  # a race of which nothing compiles takes no time, and says nothing of the next one
+            if job.asked:
+                clock.took(took_s, configs)
             try:
                 task.take(job, outcome)
             except WorkerError as error:  # of a worker on another host, who has it now
                 task.fail(str(error))
             if job.asked:
-                self.on_event(self._progress(task, clock, name, job, outcome))
+                self.on_event(self._progress(task, clock, device, job, outcome))
         elif isinstance(outcome, WorkerError):
             task.fail(str(outcome))
         else:
@@ -294,11 +278,11 @@ class _Session:
         if task.outcome:
             self._close(task)
 
-    def _progress(self, task: Task, clock: "_Clock", device: str, job: Job, race: Race) -> Progress:
+    def _progress(self, task: Task, clock: "_Clock", device: int, job: Job, race: Race) -> Progress:
         rate = clock.measured / max(self.fleet.now() - clock.started, 1e-9)
         statuses = tuple(trial.status for trial in (race.reference, *race.trials) if trial.config in job.asked)
         return Progress(
-            task.key, task.workload, device, statuses,
+            task.key, task.workload, self.fleet.names[device], statuses,
             len(task.known), task.search.total, task.best_us, task.default_us, rate,
         )  # fmt: skip
 

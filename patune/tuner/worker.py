@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +23,6 @@ from . import timing
 from .compile import summary
 
 REFERENCE = 0  # the index of the config that is timed in every round
-CASES = 2  # workloads whose tensors are kept: those that `patune run` has under way on a GPU take turns
 SAMPLE_US = 100.0  # at least. Those of append took 10 to 16 us, over before the next one was launched: 5 to 30% of noise
 LONG_FLOPS = 1e12  # of a call that takes a millisecond or more on any GPU: a sample is of one call, not of one with every set
 
@@ -51,23 +49,17 @@ def serve(pipe: Connection, device: str | None = None) -> None:
         bench.measure(*job)
 
 
-@dataclass(slots=True)
-class _Case:
-    """A workload with its tensors."""
-
-    problem: Problem
-    repeats: int | None = None  # of all its sets in a sample; None until a config of it was right
-    alike: bool | None = None  # whether one compiled kernel serves all its sets; None as long
-
-
 class _Bench:
     def __init__(self, clock: timing.Clock, pipe: Connection):
         self.clock, self.pipe = clock, pipe
-        self.cases: dict[tuple[Key, Workload], _Case] = {}  # that which was used last comes last
+        self.problem: Problem | None = None
+        self.of: tuple[Key, Workload] | None = None  # what the problem is of
+        self.repeats: int | None = None  # of all its sets in a sample; None until a config of it was right
+        self.alike: bool | None = None  # whether one compiled kernel serves all its sets; None as long
 
     def measure(self, key: Key, workload: Workload, configs: Mapping[int, Values], rounds: int) -> None:
         try:
-            case = self._case(key, workload)
+            problem = self._problem(key, workload)
         except Exception as error:  # noqa: BLE001  whatever it is, it is reported
             self.pipe.send(("failed", summary(error)))
             return
@@ -75,48 +67,30 @@ class _Bench:
         replays = {}
         for i, config in configs.items():
             self.pipe.send(("running", i))
-            right = self._check(case, i, config)
+            right = self._check(problem, i, config)
             if right is not None:
                 replays[i] = right
         beat = functools.partial(self.pipe.send, ("racing",))
         beat()
-        calls = 1 if case.problem.flops >= LONG_FLOPS else case.problem.sets * (case.repeats or 1)
+        calls = 1 if problem.flops >= LONG_FLOPS else problem.sets * (self.repeats or 1)
         samples = timing.race(self.clock, replays, calls, rounds, keep=REFERENCE, beat=beat)
         self.pipe.send(("raced", samples))
 
-    def _case(self, key: Key, workload: Workload) -> _Case:
-        """The case of a workload, built once: it stays until CASES others have come."""
-        case = self.cases.pop((key, workload), None) or _Case(self._problem(key, workload))
-        self.cases[key, workload] = case
-        return case
-
     def _problem(self, key: Key, workload: Workload) -> Problem:
-        """New tensors, beside those that are kept if there is room for both."""
-        import torch
+        """The problem of a workload, built once: it stays until another workload comes."""
+        if self.problem is None or self.of != (key, workload):
+            from ..kernels.registry import template
 
-        from ..kernels.registry import template
+            self.problem = self.of = self.repeats = self.alike = None
+            _free(self.clock)
+            self.problem = template(key.kernel).problem(key, workload, device=self.clock.device)
+            self.clock.synchronize()
+            self.of = key, workload
+        return self.problem
 
-        build = functools.partial(template(key.kernel).problem, key, workload, device=self.clock.device)
-        for kept in (CASES - 1, 0):
-            self._keep(kept)
-            try:
-                problem = build()
-                break
-            except torch.OutOfMemoryError:
-                if not self.cases:
-                    raise
-        self.clock.synchronize()
-        return problem
-
-    def _keep(self, count: int) -> None:
-        """Drop all cases but so many that were used last, and free what nobody uses."""
-        for of in list(self.cases)[: max(0, len(self.cases) - count)]:
-            del self.cases[of]
-        _free(self.clock)
-
-    def _check(self, case: _Case, i: int, config: Values) -> list[timing.Call] | None:
+    def _check(self, problem: Problem, i: int, config: Values) -> list[timing.Call] | None:
         """Run a config on poisoned outputs, compare, report; if it is right, what replays it: all sets together, or each alone."""
-        problem, error = case.problem, None
+        error = None
         try:
             first, *others = [problem.launches(config, r) for r in range(problem.sets)]
             problem.poison(0)
@@ -127,32 +101,27 @@ class _Bench:
                 message = f"relative error {error:.2g}, {problem.tolerance:g} is allowed"
                 self.pipe.send(("checked", i, "wrong_answer", error, message))
                 return None
-            if case.alike is None:
-                case.alike = all(launch.compiles_as(one) for launches in others for launch, one in zip(launches, first))
+            if self.alike is None:
+                self.alike = all(launch.compiles_as(one) for launches in others for launch, one in zip(launches, first))
             sets = [[launch.again(kernel) for launch, kernel in zip(first, kernels)]]
             for launches in others:  # a set that specialises differently must not compile under capture
-                made = kernels if case.alike else [launch.run() for launch in launches]
+                made = kernels if self.alike else [launch.run() for launch in launches]
                 sets.append([launch.again(kernel) for launch, kernel in zip(launches, made)])
             every = [call for calls in sets for call in calls]
-            together = sets if problem.flops >= LONG_FLOPS else [every * self._repeats(case, every)]
+            together = sets if problem.flops >= LONG_FLOPS else [every * self._repeats(every)]
             replays = [self.clock.capture(calls) for calls in together]
         except Exception as failure:  # noqa: BLE001  whatever it is, it is the outcome
-            crowded = len(self.cases) > 1 and _status(failure) == "out_of_memory"
-            if not crowded:
-                self._report_failure(i, failure, error)
-                return None
-        else:
-            self.pipe.send(("checked", i, "ok", error, ""))
-            return replays
-        self._keep(1)  # it may have failed only for what another workload's tensors take
-        return self._check(case, i, config)
+            self._report_failure(i, failure, error)
+            return None
+        self.pipe.send(("checked", i, "ok", error, ""))
+        return replays
 
-    def _repeats(self, case: _Case, every: list[timing.Call]) -> int:
+    def _repeats(self, every: list[timing.Call]) -> int:
         """How often a sample makes the calls of all sets, the same for all configs: as often as makes it SAMPLE_US long."""
-        if case.repeats is None:
+        if self.repeats is None:
             once = self.clock.capture(every)
-            case.repeats = math.ceil(SAMPLE_US / min(SAMPLE_US, *self.clock.lap(once, [once] * 3)))
-        return case.repeats
+            self.repeats = math.ceil(SAMPLE_US / min(SAMPLE_US, *self.clock.lap(once, [once] * 3)))
+        return self.repeats
 
     def _report_failure(self, i: int, failure: Exception, error: float | None) -> None:
         """Tell what failed. If the GPU is no longer usable, tell that and end."""

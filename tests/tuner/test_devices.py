@@ -1,14 +1,12 @@
-"""Several devices, or several lanes of one, share a run: all work until the end, and no config is measured twice.
+"""Several devices share one run: all of them work until the end, and no config is measured twice. Time is simulated."""
 
-Time is simulated; the fleet there refuses a workload that another lane of the same device is on.
-"""
+import itertools
 
 import pytest
 
 from patune.cachedb import landscape
 from patune.cachedb.store import Store
 from patune.kernels.registry import template
-from patune.tuner import task
 from patune.tuner.events import Failed, Finished, Progress
 from patune.tuner.replay import ReplayRunner
 from patune.tuner.search import ENUMERATED
@@ -35,9 +33,9 @@ def run(path, fleet, items, **options):
     return results, events, measured
 
 
-def recorded_run(path, devices, keys=LLAMA, lanes=1, **options):
+def recorded_run(path, devices, keys=LLAMA, **options):
     """`patune run --gpu h100`, by default --model llama-3.1-8b."""
-    fleet = Simulated([ReplayRunner(H100) for _ in range(devices)], lanes=lanes)
+    fleet = Simulated([ReplayRunner(H100) for _ in range(devices)])
     items = items_of(keys) if devices == 1 else largest_first(items_of(keys))
     return fleet, *run(path, fleet, items, **options)
 
@@ -84,71 +82,17 @@ def test_a_workload_that_fails_on_one_device_leaves_the_others_at_work(tmp_path)
     assert [event.workload.batch_size for event in events if isinstance(event, Failed)] == [2]
 
 
-def test_a_workload_starts_from_what_leads_on_those_that_are_not_done(tmp_path, monkeypatch):
-    """With two lanes, the one before it is seldom done when it starts."""
-    offered, transferred = {}, task.transferred
-
-    def watch(template, key, workload, winners, usable):
-        offered[workload] = {other: dict(config) for other, config in winners}
-        return transferred(template, key, workload, winners, usable)
-
-    monkeypatch.setattr(task, "transferred", watch)
-    items = [Item(TEMPLATE, KEY, Workload(batch, 4096)) for batch in (1, 2, 4)]
-    run(tmp_path / "a.db", Simulated([FormulaRunner(noise=0.001)], lanes=2), items, trials=None)
-    assert offered[items[0].workload] == offered[items[1].workload] == {}
-    assert set(offered[items[2].workload]) == {items[0].workload, items[1].workload}
-    assert all(formula_us(config) < formula_us(TEMPLATE.default(KEY, WORKLOAD)) for config in offered[items[2].workload].values())
-
-
 def test_every_event_says_which_device_it_was(tmp_path):
     fleet = Simulated([FormulaRunner(seed=i) for i in range(2)])
     _, events, _ = run(tmp_path / "a.db", fleet, [Item(TEMPLATE, KEY, Workload(b, 64)) for b in (1, 2)])
     assert {event.device for event in events if isinstance(event, Progress)} == {"0", "1"}
 
 
-SEVERAL = [Item(TEMPLATE, KEY, Workload(batch, 4096)) for batch in (1, 2, 4, 8, 16)]
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_device_with_two_lanes_measures_while_races_are_decided(tmp_path, devices):
-    """With one lane it waits before each race for compilers and decisions; with two it is busier, and the same work ends sooner."""
-    fleets = []
-    for lanes in (1, 2):
-        fleet = Simulated([FormulaRunner(seed=i) for i in range(devices)], lanes=lanes, waits_s=0.1)
-        results, events, _ = run(tmp_path / f"{lanes}.db", fleet, SEVERAL)
-        assert {result.workload for result in results} == {item.workload for item in SEVERAL}
-        assert {event.device for event in events if isinstance(event, Progress)} == set(fleet.names)
-        fleets.append(fleet)
-    one, two = fleets
-    assert two.now() < one.now()
-    assert sum(two.busy_s) / two.now() > 1.15 * sum(one.busy_s) / one.now()
-
-
-def test_lanes_of_one_device_do_not_share_a_workload(tmp_path):
-    """With one workload a second lane changes nothing: no race is cut in two, none is added."""
-    races = []
-    for lanes in (1, 2):
-        fleet = Simulated([FormulaRunner()], lanes=lanes)
-        run(tmp_path / f"{lanes}.db", fleet, [Item(TEMPLATE, KEY, WORKLOAD)], trials=None)
-        races.append((fleet.log, fleet.runners[0].batches))
-    assert races[0] == races[1]
-
-
-def test_the_same_seed_makes_the_same_run_in_several_lanes(tmp_path):
-    def made(name):
-        fleet = Simulated([FormulaRunner(seed=i) for i in range(2)], lanes=2, waits_s=0.05)
-        return run(tmp_path / f"{name}.db", fleet, SEVERAL, seed=5)[0], fleet.log
-
-    assert made("a") == made("b")
-
-
-@pytest.mark.parametrize(
-    ("devices", "lanes", "budget_s"), [(*fleet, budget_s) for fleet in ((1, 1), (4, 1), (1, 2)) for budget_s in (10, 60, 200)]
-)
-def test_a_budget_is_the_time_that_a_run_takes(tmp_path, devices, lanes, budget_s):
+@pytest.mark.parametrize(("devices", "budget_s"), list(itertools.product((1, 4), (10, 60, 200))))
+def test_a_budget_is_the_time_that_a_run_takes(tmp_path, devices, budget_s):
     """It never lasts longer, uses nearly all of what it may, and shares it out over the workloads."""
-    fleet, results, events, _ = recorded_run(tmp_path / "a.db", devices, lanes=lanes, ends=float(budget_s), trials=None)
-    whole, *_ = recorded_run(tmp_path / "b.db", devices, lanes=lanes, trials=None)
+    fleet, results, events, _ = recorded_run(tmp_path / "a.db", devices, ends=float(budget_s), trials=None)
+    whole, *_ = recorded_run(tmp_path / "b.db", devices, trials=None)
     assert fleet.now() <= budget_s
     assert fleet.now() >= 0.8 * min(budget_s, whole.now())
     assert len(results) >= min(len(items_of(LLAMA)), devices * budget_s / 6)

@@ -11,7 +11,7 @@ from patune.workload import Key, Workload
 from tests.tuner import templates
 from tests.tuner.templates import KEY, config
 
-WORKLOAD, OTHER = Workload(1, 64), Workload(1, 128)
+WORKLOAD = Workload(1, 64)
 
 
 @pytest.fixture(scope="module")
@@ -114,53 +114,16 @@ def test_no_gpu_is_said_in_one_line(monkeypatch):
         GpuRunner()
 
 
-def test_lanes_of_a_device_measure_one_at_a_time(runner, monkeypatch):
-    """Two threads ask at once for races of two workloads, again and again; the worker has one of them at a time."""
-    attempt, inside, found = runner._attempt, [], []
-
-    def watched(*args):
-        found.append(list(inside))
-        inside.append(args)
-        try:
-            return attempt(*args)
-        finally:
-            inside.pop()
-
-    monkeypatch.setattr(runner, "_attempt", watched)
-    fleet = Threads([runner], ["0"], lanes=2)
-    for _ in range(3):
-        for lane, workload in enumerate((WORKLOAD, OTHER)):
-            fleet.submit(lane, lambda runner, workload=workload: runner.measure(KEY, workload, [config(32)], config(16)))
-        outcomes = dict(fleet.wait(fleet.now() + 60) for _ in range(2))
-        assert [statuses(outcomes[lane]) for lane in (0, 1)] == [["ok"] * 2] * 2
-    assert found == [[]] * 6
-
-
-def test_a_worker_that_is_lost_costs_nothing_in_the_other_lane(runner):
-    """A config hangs while a race of another workload waits for the device: that one is whole, and its time is its own."""
-    fleet = Threads([runner], ["0"], lanes=2)
-    fleet.submit(0, lambda runner: runner.measure(KEY, WORKLOAD, [config(32, templates.HANGS)], config(16)))
-    while not runner._turn.locked():
-        time.sleep(0.01)
-    fleet.submit(1, lambda runner: runner.measure(KEY, OTHER, [config(32)], config(16)))
-    outcomes = dict(fleet.wait(fleet.now() + 60) for _ in range(2))
-    assert statuses(outcomes[0]) == ["ok", "timeout"]
-    assert statuses(outcomes[1]) == ["ok", "ok"]
-    assert outcomes[1].held_s < 5 <= outcomes[0].held_s  # the timeout, which both have waited for
-
-
 def test_a_runner_that_is_closed_in_the_middle_of_a_race_ends_at_once(monkeypatch):
-    """The race comes back as an error, so does that which waits for the device; no worker is left, and none is started."""
+    """The race comes back as an error, no worker is left, and none is started."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     runner = GpuRunner()
-    fleet = Threads([runner], ["0"], lanes=2)
-    for lane, workload in enumerate((WORKLOAD, OTHER)):
-        call = lambda runner, workload=workload: runner.measure(KEY, workload, [config(32, templates.HANGS)], config(16))
-        fleet.submit(lane, call)
+    fleet = Threads([runner], ["0"])
+    fleet.submit(0, lambda runner: runner.measure(KEY, WORKLOAD, [config(32, templates.HANGS)], config(16)))
     time.sleep(1)
     process = runner._worker._process
     fleet.close()
-    outcomes = dict(fleet.wait(fleet.now() + 10) for _ in range(2))
+    device, outcome = fleet.wait(fleet.now() + 10)
     assert not process.is_alive()  # asked when no other thread is waiting for it: only one of two learns that it has ended
-    assert {lane: str(outcome) for lane, outcome in outcomes.items()} == dict.fromkeys((0, 1), "the runner is closed")
+    assert (device, str(outcome)) == (0, "the runner is closed")
     assert runner._worker._process is process
