@@ -128,12 +128,16 @@ def command(
 
 def _work(plan: Plan, fleet: "Fleet", storage: str | None, trials: int | None) -> "Work":
     from ..kernels.registry import template
-    from ..tuner.session import Items, largest_first
+    from ..tuner.session import Items, largest_first, soonest_compiled_first
     from ..tuner.task import Item
 
     items = [Item(template(key.kernel), key, workload) for key, workloads in plan.items() for workload in workloads]
     if storage is None:
-        return Items(items if len(fleet.runners) == 1 else largest_first(items))
+        if len(fleet.runners) > 1:
+            items = largest_first(items)
+        elif fleet.runners[0].mode == "measured":
+            items = soonest_compiled_first(items)
+        return Items(items)
     from ..tuner.shared import SharedWork
     from ..tuner.storage import connect
 

@@ -100,11 +100,19 @@ class Template:
     def source_hash(self) -> str:
         """12 hex digits over the device code's tokens; comments, blank lines and indentation width do not count."""
         digest = hashlib.sha256()
+        for token in self._tokens():
+            digest.update(token.encode() + b"\0")
+        return digest.hexdigest()[:12]
+
+    @functools.cached_property
+    def source_size(self) -> int:
+        """Tokens of the device code: what compiling a variant takes grows with it."""
+        return sum(1 for _ in self._tokens())
+
+    def _tokens(self) -> Iterator[str]:
         for fn in self.jit_functions:
             # .src of a JITFunction, else (interpreter) the wrapped function's own text.
-            for token in tokens(device_source(fn)):
-                digest.update(token.encode() + b"\0")
-        return digest.hexdigest()[:12]
+            yield from tokens(device_source(fn))
 
 
 def tokens(source: str) -> Iterator[str]:

@@ -90,8 +90,16 @@ class Items:
         """Nobody else waits for it."""
 
 
+def soonest_compiled_first(items: Iterable[Item]) -> list[Item]:
+    """For one device, which waits for compilers at first: when the turn of the large kernels comes they have been compiled.
+
+    The workloads of a template stay together, in their order, as each starts from what those before it have found.
+    """
+    return sorted(items, key=lambda item: item.template.source_size)
+
+
 def largest_first(items: Iterable[Item]) -> list[Item]:
-    """For several devices: nothing long may start when all else is nearly done. One device takes them as they come."""
+    """For several devices: nothing long may start when all else is nearly done."""
     sizes = lambda w: (w.q_len > 1, w.batch_size * w.q_len * w.kv_len)
     return sorted(items, key=lambda item: sizes(item.workload), reverse=True)
 

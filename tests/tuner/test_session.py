@@ -9,12 +9,13 @@ from patune.cachedb import landscape, lookup
 from patune.cachedb.store import Store
 from patune.cachedb.trial import Trial
 from patune.errors import WorkerError
+from patune.kernels.registry import NAMES, template
 from patune.tuner import task
 from patune.tuner.events import Failed, Finished, Progress, Started
 from patune.tuner.fleet import Threads
 from patune.tuner.replay import ReplayRunner
 from patune.tuner.search import BATCH, transferred
-from patune.tuner.session import Items, tune
+from patune.tuner.session import Items, soonest_compiled_first, tune
 from patune.tuner.space import valid_points
 from patune.tuner.task import Item
 from patune.workload import Workload
@@ -259,3 +260,14 @@ def test_a_neighbour_s_winner_is_tried_fitted_to_this_workload():
     usable = lambda config: config["num_splits"] in TEMPLATE.tunables["num_splits"]
     found = transferred(template, KEY, Workload(8, 4096), [(far, last), (near, first)], usable)
     assert found == [first | {"num_splits": 12}, first, last | {"num_splits": 32}, last]
+
+
+def test_kernels_of_little_source_are_measured_first_and_their_workloads_stay_in_order():
+    """They compile while nothing else can be measured; a workload starts from what those of its key before it have found."""
+    templates = [template(name) for name in NAMES]
+    items = [Item(t, replace(KEY, kernel=t.name), Workload(batch, 512, 512)) for t in templates for batch in (8, 1, 4)]
+    ordered = soonest_compiled_first(items)
+    sizes = [item.template.source_size for item in ordered]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(NAMES)
+    for t in templates:
+        assert [item for item in ordered if item.template is t] == [item for item in items if item.template is t]
