@@ -31,8 +31,8 @@ def test_two_tunings_agree_within_1_percent_on_95_percent_of_the_workloads(tunin
 
 
 def test_no_workload_is_slower_than_its_default_by_more_than_the_noise(tunings):
-    """By the recorded times of what was chosen, medians or round by round: the clock may step within a race, and leaves the medians
-    of level configs on either side."""
+    """By the recorded times of what was chosen. The clock may step within a race, and leaves the medians of level configs on either
+    side: then they are level round by round or, timed in different races, in their fastest rounds."""
     for found in tunings:
         for (key, workload), (config, us) in found.items():
             chosen, default = (
@@ -42,6 +42,8 @@ def test_no_workload_is_slower_than_its_default_by_more_than_the_noise(tunings):
             slower = us / default.us
             if len(chosen.samples_us) == len(default.samples_us):  # of one race
                 slower = min(slower, statistics.geometric_mean(a / b for a, b in zip(chosen.samples_us, default.samples_us)))
+            else:
+                slower = min(slower, min(chosen.samples_us) / min(default.samples_us))
             assert slower <= 1.01
 
 

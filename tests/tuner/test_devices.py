@@ -10,7 +10,7 @@ from patune.kernels.registry import template
 from patune.tuner.events import Failed, Finished, Progress
 from patune.tuner.replay import ReplayRunner
 from patune.tuner.search import ENUMERATED
-from patune.tuner.session import Items, largest_first, tune
+from patune.tuner.session import Items, largest_first, soonest_compiled_first, tune
 from patune.tuner.task import Item
 from patune.workload import Workload
 from tests.tuner.formula import KEY, OPTIMUM, TEMPLATE, WORKLOAD, FormulaRunner, formula_us
@@ -36,7 +36,7 @@ def run(path, fleet, items, **options):
 def recorded_run(path, devices, keys=LLAMA, **options):
     """`patune run --gpu h100`, by default --model llama-3.1-8b."""
     fleet = Simulated([ReplayRunner(H100) for _ in range(devices)])
-    items = items_of(keys) if devices == 1 else largest_first(items_of(keys))
+    items = (soonest_compiled_first if devices == 1 else largest_first)(items_of(keys))
     return fleet, *run(path, fleet, items, **options)
 
 

@@ -14,6 +14,7 @@ from patune.tuner import task
 from patune.tuner.events import Failed, Finished, Progress, Started
 from patune.tuner.fleet import Threads
 from patune.tuner.replay import ReplayRunner
+from patune.tuner.runner import Race
 from patune.tuner.search import BATCH, transferred
 from patune.tuner.session import Items, soonest_compiled_first, tune
 from patune.tuner.space import valid_points
@@ -64,6 +65,25 @@ def test_exhaustive_run_measures_every_point_once(store):
     searched = [frozenset(c.items()) for batch in runner.batches[:-1] for c in batch[1:]]
     assert len(searched) == len(set(searched)) == SIZE - 1  # the default was the first reference
     assert runner.prepared == [(WORKLOAD, SIZE + 1)]
+
+
+class MovingClock(FormulaRunner):
+    """Times of a race are all longer by one factor, another one for each race."""
+
+    def measure(self, key, workload, points, reference, rounds=7):
+        factor, race = self.rng.uniform(1.0, 1.3), super().measure(key, workload, points, reference, rounds)
+        slower = lambda trial: replace(trial, samples_us=tuple(us * factor for us in trial.samples_us))
+        return Race([slower(trial) for trial in race.trials], slower(race.reference))
+
+
+def test_a_clock_that_moves_between_races_hides_no_optimum(tmp_path):
+    """Configs of different races are compared by what the reference took in each; stored are the times that were measured."""
+    for seed in range(30):
+        with Store.open(tmp_path / f"{seed}.db") as store:
+            (result,), _ = run(store, MovingClock(noise=0.02, seed=seed), trials=None, seed=seed)
+            assert result.config == OPTIMUM
+            us = [trial.us / formula_us(trial.config) for trial in store.trials(KEY, WORKLOAD)]
+            assert max(us) > 1.1 * min(us)
 
 
 @pytest.mark.parametrize("seed", range(5))
