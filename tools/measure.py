@@ -3,11 +3,13 @@
     python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests | --only run]
 
 OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
-own output. A step that fails or runs out of time is named in the provenance, and the others still run.
+own output. A step that fails or runs out of time is named in the provenance, and the others still run. Where OUT has a recording,
+the races take their configs from it, and from the tables that ship what it does not have.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from patune.tuner.worker import environment_of
 ROOT = Path(__file__).parent.parent
 MODEL = "llama-3.1-8b"
 PLANTED = "tests/gpu/test_planted_failures.py"
+RECORDED = "landscape.db"
 
 
 def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str, int]]:
@@ -59,7 +62,7 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
 
 def recording(out: Path, gpu: str) -> dict[str, tuple[list[str], str, int]]:
     """The steps that measure every valid config of the standard workloads, and leave the landscape and the packed database."""
-    patune, db = [sys.executable, "-m", "patune"], str(out / "landscape.db")
+    patune, db = [sys.executable, "-m", "patune"], str(out / RECORDED)
     tune = [*patune, "run", "--gpu", gpu, "--trials", "all", "--db", db, "--json", "--kernel"]
     steps = {f"tune-{kernel}": ([*tune, kernel], f"tuned-{kernel}.json", 400) for kernel in KERNELS}
     export = [*patune, "export", "--to", "landscape", "--db", db, "--out", str(out / "landscape.json.gz")]
@@ -92,17 +95,19 @@ def main() -> None:
     todo = (recording(args.out, args.gpu) if args.record else {}) | steps(args.out, args)
     for name, (command, stdout, limit_s) in todo.items():
         if name.startswith(tuple(args.only.split(","))) and not name.startswith(skipped):
-            run["steps"][name] = outcome = _run(command, args.out / stdout, limit_s)
+            recorded = args.out / RECORDED
+            fresh = {"PATUNE_DB": str(recorded)} if name.startswith(("referee", "mixed")) and recorded.exists() else {}
+            run["steps"][name] = outcome = _run(command, args.out / stdout, limit_s, os.environ | fresh)
             print(f"{name}: {outcome}", flush=True)
             provenance.write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n")
 
 
-def _run(command: list[str], stdout: Path, limit_s: int) -> dict:
+def _run(command: list[str], stdout: Path, limit_s: int, env: dict[str, str]) -> dict:
     started = time.monotonic()
     with stdout.open("w") as file:
         try:
             status: int | str = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT if stdout.suffix == ".txt" else None,
-                                               timeout=limit_s, cwd=ROOT, check=False).returncode  # fmt: skip
+                                               timeout=limit_s, cwd=ROOT, env=env, check=False).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit_s} s"
     return {"exit_status": status, "seconds": round(time.monotonic() - started, 1)}
