@@ -35,7 +35,7 @@ SHARED_BYTES = {
 # A thread. A few registers that go to memory and back may cost less than they save: a prototype of the plain prefill that spilled
 # 168 bytes, 18 loads and 9 stores a tile, was the fastest of 17 points on 4 workloads of an H100. What is refused has 750 and more.
 MAX_SPILL_BYTES = 512
-TIMEOUT_S = 120.0  # for the configs of one variant
+TIMEOUT_S = 120.0  # for the configs of one job
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,24 @@ class Build:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Configs of a workload that are of one variant."""
+
+    key: Key
+    workload: Workload
+    configs: list[Values]
+    variant: Point
+    builds: Future[list[Build]]
+
+
 class CompilePool:
-    """Compiles configs in the background for one compute capability, each once."""
+    """Compiles configs in the background for one compute capability, each once.
+
+    Jobs run in the order in which they came, but those of one variant run one after the other. Its kernels are mostly
+    the same for all workloads of a key; once the first one's have been compiled, Triton's cache has them for the others, and
+    while they are being compiled it has not.
+    """
 
     def __init__(self, capability: str, workers: int | None = None, timeout_s: float = TIMEOUT_S):
         server.start()
@@ -65,6 +81,9 @@ class CompilePool:
         for _ in range(count):
             self._idle.put(None)
         self._builds: dict[tuple[Key, Workload, frozenset], tuple[Future[list[Build]], int]] = {}
+        self._order = threading.Lock()  # of what follows
+        self._jobs: list[_Job] = []
+        self._compiling: set[tuple[Key, Point]] = set()
 
     def submit(self, key: Key, workload: Workload, configs: Sequence[Values]) -> None:
         """Start compiling what is new among these; the configs of a variant go to the same child."""
@@ -74,10 +93,13 @@ class CompilePool:
         for config in configs:
             if (key, workload, _frozen(config)) not in self._builds:
                 groups.setdefault(variant(template(key.kernel), config), []).append(config)
-        for group in groups.values():
-            future = self._threads.submit(self._compile, key, workload, group)
+        for of, group in groups.items():
+            job = _Job(key, workload, group, of, Future())
             for i, config in enumerate(group):
-                self._builds[key, workload, _frozen(config)] = future, i
+                self._builds[key, workload, _frozen(config)] = job.builds, i
+            with self._order:
+                self._jobs.append(job)
+            self._threads.submit(self._run_jobs)
 
     def build(self, key: Key, workload: Workload, config: Values) -> Build:
         """The outcome for a config that was submitted; waits for it."""
@@ -87,10 +109,34 @@ class CompilePool:
     def close(self) -> None:
         """Drop what has not been started and end the children, busy or not."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._order:
+            for job in self._jobs:
+                job.builds.cancel()
+            self._jobs.clear()
         with self._starting:
             self._closed = True
             for child in self._children:
                 child.end()
+
+    def _run_jobs(self) -> None:
+        """Run jobs until there is none to take: what waits for a variant is taken by the thread that has compiled it."""
+        while (job := self._take()) is not None:
+            try:
+                job.builds.set_result(self._compile(job.key, job.workload, job.configs))
+            except BaseException as error:  # noqa: BLE001  whoever waits for the builds raises it
+                job.builds.set_exception(error)
+            finally:
+                with self._order:
+                    self._compiling.remove((job.key, job.variant))
+
+    def _take(self) -> _Job | None:
+        """The first job whose variant is not being compiled."""
+        with self._order:
+            for i, job in enumerate(self._jobs):
+                if (job.key, job.variant) not in self._compiling:
+                    self._compiling.add((job.key, job.variant))
+                    return self._jobs.pop(i)
+        return None
 
     def _compile(self, key: Key, workload: Workload, configs: list[Values]) -> list[Build]:
         child = self._idle.get()

@@ -12,7 +12,7 @@ from patune.kernels.template import Launch, Template
 from patune.workload import Key, Workload
 
 NONE, WRONG, NAN, HANGS, TOO_BIG, OUT_OF_MEMORY, BREAKS_COMPILER, ILLEGAL = GPU_FAULTS = tuple(range(8))
-RAISES, DIES, KILLS_COMPILER, HANGS_COMPILER = range(8, 12)
+RAISES, DIES, KILLS_COMPILER, HANGS_COMPILER, NOTED = range(8, 13)
 NAME = "tests.tuner.templates:TOY"
 KEY = Key(NAME, "interpreter", 1, head_dim=16, page_size=16, q_heads_per_kv=1)
 
@@ -67,6 +67,11 @@ class Doubling:
             os._exit(7)
         if fault == (HANGS_COMPILER if meta else HANGS):
             time.sleep(60)
+        if fault == NOTED and meta:  # when it is compiled, in the file that the key names in the place of a GPU
+            began = time.monotonic()
+            time.sleep(0.2)
+            with open(self.key.gpu, "a") as file:
+                file.write(f"{config['BLOCK']} {began} {time.monotonic()}\n")
         if fault == RAISES and not meta:
             raise ValueError("planted")
         if fault == OUT_OF_MEMORY and self.device == "cuda":
@@ -108,7 +113,7 @@ def no_tensors(key, workload, *, device, seed=0, sets=None):
 
 TOY = Template(
     name=NAME,
-    tunables={"BLOCK": (16, 32, 64), "num_warps": (1, 2, 4), "FAULT": tuple(range(12))},
+    tunables={"BLOCK": (16, 32, 64), "num_warps": (1, 2, 4), "FAULT": tuple(range(13))},
     runtime=frozenset(),
     invalid=lambda config, key, workload: "planted" if config["FAULT"] else None,
     default=lambda key, workload: {"BLOCK": 16, "num_warps": 1, "FAULT": NONE},

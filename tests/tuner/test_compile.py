@@ -1,6 +1,8 @@
 """Real compiles for sm_90 in real processes, on a machine that needs no GPU."""
 
+import itertools
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +48,24 @@ def test_second_compile_finds_the_first(pool):
     build(pool, GOOD)
     again = build(pool, GOOD, Workload(1, 101))
     assert all(result.status == "ok" and result.seconds < 0.1 for result in again)
+
+
+def test_workloads_that_share_a_variant_take_turns_with_it_and_others_are_compiled_meanwhile(tmp_path):
+    """Else two processes compile one kernel at once, as Triton's cache has it only afterwards."""
+    notes, blocks = tmp_path / "notes", (16, 32, 64)
+    key, pool = replace(KEY, gpu=str(notes)), CompilePool("9.0", workers=4, timeout_s=40)
+    workloads = [Workload(1, kv_len) for kv_len in range(200, 205)]
+    try:
+        for workload in workloads:
+            pool.submit(key, workload, [config(block, templates.NOTED) for block in blocks])
+        builds = [pool.build(key, workload, config(block, templates.NOTED)) for workload in workloads for block in blocks]
+    finally:
+        pool.close()
+    assert {b.status for b in builds} == {"ok"}
+    spans = [(int(block), float(began), float(ended)) for block, began, ended in map(str.split, notes.read_text().splitlines())]
+    assert len(spans) == len(workloads) * len(blocks)
+    together = [a[0] == b[0] for a, b in itertools.combinations(spans, 2) if a[1] < b[2] and b[1] < a[2]]
+    assert together and not any(together)
 
 
 def test_broken_config_costs_only_itself(pool):
