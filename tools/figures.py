@@ -186,27 +186,26 @@ def landscape_lines() -> str:
 
 
 def measured(step: str, results: Path = RESULTS) -> dict | None:
-    """The run that the files of a step come from: the last one that made it."""
+    """The run that the file of a step comes from: the last one that made it; None without a file."""
     runs = [run for run in json.loads((results / "provenance.json").read_text())["runs"] if step in run["steps"]]
-    return runs[-1] if runs else None
+    return runs[-1] if runs and (results / MEASURED[step][0]).exists() else None
 
 
-MEASURED = {  # step -> the templates whose times it has; one that came after the run is in none of its hashes
-    "referee-decode": ("decode", "decode_hopper"),
-    "tune-decode": ("decode", "decode_hopper"),
-    "tune-prefill": ("prefill",),
-    "tune-prefill-hopper": ("prefill_hopper",),
-    "referee-prefill": ("prefill_hopper",),  # which serves all of its cases, and all mixes
-    "referee-plain": ("prefill",),
-    "referee-turns": ("prefill_hopper",),
-    "mixed": ("append", "prefill_hopper", "decode_hopper"),
-    "autotune": NAMES,
+MEASURED = {  # step -> its file, and the templates whose times it has; one that came after the run is in none of its hashes
+    "tune-decode": ("tuned-decode.json", ("decode", "decode_hopper")),
+    "tune-prefill": ("tuned-prefill.json", ("prefill", "prefill_hopper")),
+    "referee-decode": ("referee-decode.json", ("decode", "decode_hopper")),
+    "referee-prefill": ("referee-prefill.json", ("prefill_hopper",)),  # which serves all of its cases, and all mixes
+    "referee-plain": ("referee-plain.json", ("prefill",)),
+    "referee-turns": ("referee-turns.json", ("prefill_hopper",)),
+    "mixed": ("mixed.json", ("append", "prefill_hopper", "decode_hopper")),
+    "autotune": ("autotune.json", NAMES),
 }
 
 
 def provenance_lines(results: Path = RESULTS) -> str:
     lines = []
-    for step, templates in MEASURED.items():
+    for step, (_, templates) in MEASURED.items():
         if (run := measured(step, results)) is None:
             continue
         hashes = ", ".join(f"{name} {run['source_hash'][name]}" for name in templates if name in run["source_hash"])
@@ -345,7 +344,7 @@ def rendered(text: str) -> str:
 
 def stale_kernels() -> set[str]:
     """Kernels whose source is not the one that results/ was measured with; figures of the search are of the landscape's kernels."""
-    runs = [(names, run) for results in GPUS for step, names in MEASURED.items() if (run := measured(step, results))]
+    runs = [(names, run) for results in GPUS for step, (_, names) in MEASURED.items() if (run := measured(step, results))]
     pairs = [(name, run["source_hash"].get(name)) for names, run in runs for name in names]
     stale = {name for name, value in pairs if value not in (None, template(name).source_hash)}
     recorded = landscape.load(RESULTS / "landscape.json.gz")

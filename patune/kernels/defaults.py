@@ -19,17 +19,17 @@ def default_config(query: dict) -> dict:
     if query["kernel"] == "append":
         return {"BLOCK_T": 1, "num_warps": 1}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, geometric mean: 2.8% (d64), 3.4% and 2.5% (d128, pages of 16 and 64), 0.4%
-        # (d256). Items of a ragged batch are taken one by one: between 5% slower (d256) and 7% faster (pages of 64) than dealt out,
-        # and 5% faster beside an append that keeps some SMs for longer.
+        # Behind the best of an H100's landscape, geometric mean: 2.8% (d64), 2.5% and 2.0% (d128, pages of 16 and 64), 0.8%
+        # (d256). Items of a ragged batch are taken one by one: between 7% slower (d256) and 5% faster (d64) than dealt out, on 7 of
+        # 10 batches of an H100 faster.
         small, taken = query["head_dim"] <= 64, query["ragged"] and not in_one_wave(query)
         stages, issue = (3, 2) if small else (2, 1)
         tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if taken else 1, "issue": issue}
         return {**tiles, "num_splits": prefill_splits(query)}
     if query["kernel"] == "prefill":
-        # Behind the best of an H100's landscape, geometric mean: 13% (d64), 17 and 20% (d128, pages of 16 and 64), 22% (d256). A
-        # third stage (d64, d128) or 128 rows (d256) would make that 3 to 10%, but needs more shared memory than every GPU has; the
-        # best for long prompts, 8 warps with at most 128 registers, spill on GPUs that are no Hopper.
+        # Behind the best of an H100's landscape, geometric mean: 8% (d64), 19 and 14% (d128, pages of 16 and 64), 22% (d256). 128
+        # rows would make that 2% (d256), or with at most 128 registers 5% (d64) and 8% (d128), but need more shared memory than
+        # every GPU has, or spill on GPUs that are no Hopper.
         rows, warps = 32 if huge else 64, 8 if huge or query["q_dtype"] == "float32" else 4
         tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
         return {**tiles, "num_splits": prefill_splits(query, rows)}
@@ -84,7 +84,7 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     end, a part of one 435 more to be written and joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel
     256; HBM brings the keys of 60 blocks in the time of one, of the plain template 90. Scratch and a second kernel are not worth
     less than 5%. With the best tiles, where a landscape has more than one number of splits, behind the best one in the geometric
-    mean: 0% and 3.4% (prefill_hopper, an H100 and an H200), 1.0% and 0% (plain).
+    mean: 0.2% and 3.2% (prefill_hopper, an H100 and an H200), 2.1% and 0.6% (plain).
     """
     if not query["batch_size"]:
         return 1
