@@ -43,7 +43,7 @@ def test_a_failure_is_its_own_status_and_its_neighbours_are_timed(runner, fault)
     """Whatever one config does to the GPU, the others of its race have times as if it were not there."""
     race = runner.measure(key_of(runner), WORKLOAD, [config(32), config(32, fault), config(64)], config(16))
     assert [trial.status for trial in race.trials] == ["ok", STATUS[fault], "ok"]
-    assert race.reference.status == "ok" and len(race.reference.samples_us) == 7
+    assert race.reference.status == "ok" and len(race.reference.samples_us) >= 7
     assert race.trials[0].samples_us and race.trials[2].samples_us
     if fault != templates.NONE:
         assert race.trials[1].message and not race.trials[1].samples_us

@@ -32,7 +32,8 @@ def test_right_configs_are_raced_with_the_reference(runner):
     race = runner.measure(KEY, WORKLOAD, [config(32), config(64)], config(16), rounds=5)
     assert statuses(race) == ["ok"] * 3
     assert [trial.config for trial in race.trials] == [config(32), config(64)]
-    assert len(race.reference.samples_us) == 5
+    assert len(race.reference.samples_us) >= 5
+    assert {len(trial.samples_us) for trial in race.trials} <= {2, len(race.reference.samples_us)}  # 2: it was slow
     for trial in (race.reference, *race.trials):
         assert trial.error == 0
         assert trial.samples_us and min(trial.samples_us) > 0
@@ -64,7 +65,7 @@ def test_failing_reference_stops_nobody(runner):
     """If the config to race against is wrong, the others are still timed."""
     race = runner.measure(KEY, WORKLOAD, [config(32)], config(16, templates.WRONG))
     assert statuses(race) == ["wrong_answer", "ok"]
-    assert len(race.trials[0].samples_us) == 7
+    assert len(race.trials[0].samples_us) >= 7
 
 
 def test_illegal_access_is_told_from_a_death(runner, monkeypatch):

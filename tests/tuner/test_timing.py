@@ -26,6 +26,13 @@ class Recorder:
         return [self.us[i] for i, _ in ran]
 
 
+@pytest.fixture(autouse=True)
+def no_race_is_short(request, monkeypatch):
+    """Nobody's time here is a real one; what is said of short races has a test of its own."""
+    if "short_race" not in request.node.name:
+        monkeypatch.setattr(timing, "SHORT_S", 0.0)
+
+
 def race(us, **options):
     clock, beats = Recorder(us), []
     samples = timing.race(clock, clock.replays, 2, 7, keep=0, beat=lambda: beats.append(1), **options)
@@ -47,6 +54,14 @@ def test_a_long_race_ends_when_it_can_decide(us, rounds):
     assert samples == {0: (us / 2,) * rounds, 1: (us / 2,) * rounds}
     trials = [Trial({}, "ok", tuple(x * factor for x in samples[0])) for factor in (0.9, 1.0)]
     assert replaces(*trials)
+
+
+@pytest.mark.parametrize(("us", "rounds"), [(20.0, 28), (1e3, 13), (1e4, 7)])
+def test_a_short_race_goes_on_for_25_ms_or_four_times_its_rounds(us, rounds):
+    """All contestants have as many samples, so they still are pairs."""
+    samples, _, beats = race({0: us, 1: us})
+    assert samples == {0: (us / 2,) * rounds, 1: (us / 2,) * rounds}
+    assert beats == rounds
 
 
 def test_order_turns():
