@@ -76,6 +76,20 @@ def _mean_kv_len(kv_indices, kv_indptr, page_size) -> int:
     return kv_indices.shape[0] * page_size // max(1, kv_indptr.shape[0] - 1)
 
 
+def _parts_kv_len(tokens: int, new_tokens: int, num_prefill: int, num_decode: int, max_kv_len: int | None) -> tuple[int, int]:
+    """Mean KV tokens of a mixed batch's prompts and of its decodes as far as the host knows: of the tokens in use, their sum.
+
+    A prompt has at least its new tokens, and a decode at most max_kv_len: they are taken to have that much, or as much as is left.
+    Without a bound, a decode is taken to have as many as a prompt, where that leaves a prompt its new tokens.
+    """
+    prompt = new_tokens // max(1, num_prefill)
+    if num_decode == 0:
+        return max(prompt, tokens // max(1, num_prefill)), 1
+    bound = max_kv_len if max_kv_len is not None else tokens // (num_prefill + num_decode)
+    decode = max(1, min(bound, (tokens - num_prefill * prompt) // num_decode))
+    return max(prompt, (tokens - num_decode * decode) // max(1, num_prefill)), decode
+
+
 def _features(window: int | None, soft_cap: float | None, sinks: torch.Tensor | None) -> str:
     named = (("sinks", sinks), ("sliding_window", window), ("soft_cap", soft_cap))
     return ",".join(name for name, value in named if value is not None)
@@ -216,10 +230,8 @@ def mixed_call(
     if padding:
         out[end:].zero_()
     scale, options = sm_scale * k_factor, (window, soft_cap, sinks, k_scale, v_scale, v_factor)
-    # Of the pages in use the host knows the sum alone. A prompt has at least its new tokens; the decodes have what is left.
     page_size = kv_cache.shape[-2 if kv_layout == "HND" else -3]
-    of_prefill = max(_mean_kv_len(kv_indices, kv_indptr, page_size), n // max(1, num_prefill))
-    of_decode = max(1, (kv_indices.shape[0] * page_size - num_prefill * of_prefill) // max(1, num_decode))
+    of_prefill, of_decode = _parts_kv_len(kv_indices.shape[0] * page_size, n, num_prefill, num_decode, max_kv_len)
 
     def prompts(qo_indptr, kv_indices, kv_indptr, kv_last_page_len) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return qo_indptr[: num_prefill + 1], kv_indices, kv_indptr[: num_prefill + 1], kv_last_page_len[:num_prefill]

@@ -181,6 +181,26 @@ def test_a_step_takes_configs_for_what_the_host_knows_of_its_parts(launched, mon
     assert (of["decode"]["kv_len"], of["decode"]["batch_size"]) == (16, 20)
 
 
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 600), st.integers(0, 4000)), max_size=4),  # new tokens and cached ones
+    decodes=st.lists(st.integers(1, 5000), max_size=6),
+)
+def test_the_mean_lengths_of_a_steps_parts_are_possible_and_add_up(prompts, decodes):
+    """Even prompts beside decodes of one length that the caller names are told apart exactly, whatever they are."""
+    new, tokens = sum(q for q, _ in prompts), sum(q + cached for q, cached in prompts) + sum(decodes)
+    for bound in (max(decodes, default=None), 1 << 20, None):
+        prompt, decode = ops._parts_kv_len(tokens, new, len(prompts), len(decodes), bound)
+        assert prompt >= new // max(1, len(prompts)) and 1 <= decode <= (bound or tokens or 1)
+        if prompts and tokens:
+            assert abs(prompt * len(prompts) + decode * len(decodes) - tokens) <= len(prompts) + len(decodes)
+    if prompts and decodes:
+        prompt, decode = ops._parts_kv_len(
+            (even := sum(prompts[0])) * len(prompts) + decodes[0] * len(decodes), prompts[0][0] * len(prompts), len(prompts),
+            len(decodes), decodes[0],
+        )  # fmt: skip
+        assert (prompt, decode) == (even, decodes[0])
+
+
 def test_num_prefill_tokens_defaults_to_all_rows_but_the_decodes():
     """Without padding the host need not say how many rows are prefill rows."""
     check_step(Step(Case((5, 4, 1), (20, 4, 33)), 2), num_prefill_tokens=None)
