@@ -126,19 +126,25 @@ def fit_splits(programs: int, query: dict, tokens: int = 64, ragged: int = 3) ->
 
 def adapt(entry: dict, query: dict) -> dict:
     """The config of a table entry for another workload or GPU: of a decode an SM gets as many programs, so the splits change; those
-    of a prefill follow from its blocks, and whether these have to be given out."""
+    of a prefill follow from its blocks, and whether these have to be given out.
+
+    How large a cluster pays goes in steps with the number of KV heads: of other heads than the neighbour's it follows the default's
+    rule. As many programs as the neighbour's would be clusters too small, and half of the SMs idle.
+    """
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
+        heads = _kv_heads(query | {size: entry[size] for size in ("batch_size", "kv_heads")})
+        sms = query["sm_count"] or entry["sm_count"]
         if query["kernel"] in ("prefill", "prefill_hopper"):
             config["num_splits"] = prefill_splits(query, config.get("BLOCK_M", 128))
+        elif config.get("cluster", 1) > 1 and (query["ragged"] or heads != _kv_heads(query) or sms != entry["sm_count"]):
+            config |= {name: value for name, value in default_config(query).items() if name in ("cluster", "num_splits")}
         else:
-            sms = query["sm_count"] or entry["sm_count"]
-            programs = config["num_splits"] * _kv_heads(query | {size: entry[size] for size in ("batch_size", "kv_heads")})
-            config["num_splits"] = fit_splits(programs * sms // entry["sm_count"], query)
+            config["num_splits"] = fit_splits(config["num_splits"] * heads * sms // entry["sm_count"], query)
     if query["kernel"] == "prefill_hopper" and in_one_wave(query):
         config["schedule"] = 1
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
-        config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
+        config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS else 1
     return config
 
 

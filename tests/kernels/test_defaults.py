@@ -40,14 +40,23 @@ def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
     assert config["num_splits"] == max(s for s in SPLITS if s <= max(1, 64 // (batch_size * factor)))
 
 
-@given(st.sampled_from((1, 2, 4, 8, 16, 64)), st.booleans())
-def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, ragged):
-    """A ragged batch gets none: its shares follow from the whole batch."""
+@given(st.sampled_from((1, 2, 4, 8, 16, 64)), st.sampled_from((512, 8192)), st.booleans())
+def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, kv_len, ragged):
+    """A ragged batch gets none: its shares follow from the whole batch. Of other heads, it is the default's."""
     entry = dict(
         config={"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}, batch_size=4, kv_heads=8, q_len=1, sm_count=132
     )
-    config = adapt(entry, query(batch_size=batch_size) | {"ragged": ragged})
-    assert config["cluster"] == (config["num_splits"] if config["num_splits"] in (1, 2, 4, 8) and not ragged else 1)
+    sizes = query(
+        kernel="decode_hopper", batch_size=batch_size, kv_len=kv_len, head_dim=128, q_dtype="bfloat16", kv_dtype="bfloat16"
+    )
+    sizes["ragged"] = ragged
+    config, default = adapt(entry, sizes), default_config(sizes)
+    assert config["cluster"] in (1, config["num_splits"]) and not (ragged and config["cluster"] > 1)
+    assert (config["BLOCK_N"], config["num_stages"]) == (64, 3)
+    if batch_size == 4 and not ragged:
+        assert config == entry["config"]
+    else:
+        assert (config["cluster"], config["num_splits"]) == (default["cluster"], default["num_splits"])
 
 
 @given(
