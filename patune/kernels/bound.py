@@ -32,6 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from ..cachedb import lookup
+from . import streams
 from .checks import INTERPRETED, values_are_checked
 from .config import Config
 from .sizes import ceil_div
@@ -168,10 +169,10 @@ def _bind(call: Call, launched: list[Launch], kernels: list[CompiledKernel]) -> 
             elif not isinstance(value, IMMUTABLE):
                 return None  # it may hold a tensor
             arguments.append(value)
-        entry = _entry(kernel, ran.grid, arguments)
+        entry = _entry(kernel, ran.grid, arguments, _Later("aside" if ran.aside else "stream"))
         if entry is None:
             return None
-        entries.append(entry)
+        entries.append((*entry, ran.aside))
     like = next(x for x in call.tensors if x is not None)
     launch_all = _write(entries, scratch + (scratch_bytes > 0))
     return Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, launch_all)
@@ -231,7 +232,9 @@ class _Later(NamedTuple):
     expand: Callable[[int], list] | None = None
 
 
-def _entry(kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any]) -> tuple[Callable[..., None], tuple] | None:
+def _entry(
+    kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any], stream: "_Later"
+) -> tuple[Callable[..., None], tuple] | None:
     """The C function that launches a kernel, and its arguments: Triton 3.6 gives it the kernel's one by one, 3.7 in a tuple.
 
     Written down by a copy of the launcher, so that nothing is launched. What the launcher does itself is most of its time. None if
@@ -244,7 +247,7 @@ def _entry(kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any]) 
         if below is None or allocates:
             return None
         launch, arguments = below
-    given = (*(*grid, 1, 1)[:3], _Later("stream"), kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+    given = (*(*grid, 1, 1)[:3], stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
     if allocates:
         return kernel.run, given
     passed: list[tuple] = []
@@ -279,12 +282,12 @@ def _expanded(descriptor: TensorDescriptor, expand: Callable[[Any, Any], list], 
     return _Later(descriptor.base.source, at)
 
 
-def _write(entries: list[tuple[Callable[..., None], tuple]], pointers: int) -> Callable[[list[int], int], None]:
+def _write(entries: list[tuple[Callable[..., None], tuple, bool]], pointers: int) -> Callable[[list[int], int], None]:
     """The launches as one function, written out like the binder of Triton's JIT: a loop over arguments takes twice as long.
 
-    pointers: how many it is given.
+    entries: a C function, its arguments, and whether it launches aside; pointers: how many the function written is given.
     """
-    constants: dict[str, Any] = {}
+    constants: dict[str, Any] = {"fork": streams.fork, "join": streams.join}
 
     def constant(value: Any) -> str:
         name = f"constant_{len(constants)}"
@@ -304,7 +307,10 @@ def _write(entries: list[tuple[Callable[..., None], tuple]], pointers: int) -> C
         return ", ".join(parts)
 
     given = [f"    {''.join(f'pointer_{i}, ' for i in range(pointers))} = pointers"]
-    lines = [f"    {text(function)}({listed(arguments)})" for function, arguments in entries]
+    lines = [f"    {text(function)}({listed(arguments)})" for function, arguments, _ in entries]
+    first = next((i for i, (*_, aside) in enumerate(entries) if aside), None)
+    if first is not None:
+        lines = [*lines[:first], "    second = fork()", "    aside = second.cuda_stream", *lines[first:], "    join(second)"]
     exec(_compiled("\n".join(["def launch(pointers, stream):", *given, *lines, "    return"])), constants)
     return constants["launch"]
 

@@ -5,12 +5,13 @@ Nothing here synchronises with the host: configs follow from shapes, host argume
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import append, decode, decode_hopper, prefill, prefill_hopper
+from . import append, decode, decode_hopper, prefill, prefill_hopper, streams
 from .bound import Call, remember
 from .cache import paged_cache
 from .config import find, find_either
@@ -27,10 +28,23 @@ _OPTIONS = "int? window, float? soft_cap, Tensor? sinks, Tensor? k_scale, Tensor
 
 
 def run(launches: list[Launch], tensor: torch.Tensor) -> list:
-    """Launch on the tensor's own device, on that device's current stream. Returns the compiled kernels."""
+    """Launch on the tensor's own device, on that device's current stream, those aside on its second one. Returns the compiled
+    kernels."""
     here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(tensor.device):
-        return [launch.run() for launch in launches]
+        if not any(launch.aside for launch in launches):
+            return [launch.run() for launch in launches]
+        kernels, second = [], None
+        try:
+            for launch in launches:
+                if launch.aside and second is None:
+                    second = streams.fork()
+                with torch.cuda.stream(second) if launch.aside else nullcontext():
+                    kernels.append(launch.run())
+        finally:
+            if second is not None:
+                streams.join(second)
+        return kernels
 
 
 def _config(template, values: list[int] | None, q, cache, **workload) -> Values:
@@ -223,8 +237,8 @@ def mixed_call(
     kv_layout, num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, window, soft_cap, sinks, k_scale, v_scale,
     k_factor, v_factor,
 ) -> Call:  # fmt: skip
-    """The call that operator paged_attention_with_cache makes of its arguments: an append, a prefill and a decode, one after the
-    other. Its last tensor is the output, new, whose rows of padding are zeros already."""
+    """The call that operator paged_attention_with_cache makes of its arguments: an append, then a decode and a prefill. Its last
+    tensor is the output, new, whose rows of padding are zeros already."""
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
     out, padding = q.new_empty(q.shape), end < q.shape[0]
     if padding:
@@ -259,7 +273,13 @@ def mixed_call(
             (q[:n], *kv, *prompts(qo_indptr, *pages), *extras, out[:n], None),
             (q[n:end], *kv, *decodes(*pages), *extras, out[n:end], None),
         )
-        return [launch for call, tensors in zip(calls, theirs) if call for launch in call.build(*tensors)]
+        append, prefill, decode = ([] if call is None else call.build(*its) for call, its in zip(calls, theirs))
+        # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
+        # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
+        # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
+        if prefill and calls[2] and calls[2].config[0] == "decode_hopper":
+            decode = [replace(launch, aside=True) for launch in decode]
+        return [*append, *decode, *prefill]
 
     tensors = (q, k, v, kv_cache, v_cache, qo_indptr, *pages, batch_indices, positions, sinks, k_scale, v_scale, out)
     config = tuple(value for call in calls if call for value in call.config)

@@ -156,6 +156,33 @@ def test_one_captured_mixed_step_is_right_for_any_lengths_up_to_its_bounds():
         assert torch.equal(b.kv_cache[last_page, 0, :, int(b.kv_last_page_len[0]) - 1], k[199])
 
 
+@pytest.mark.parametrize(("kv_lens", "q_lens"), [((300, *[9000] * 24), (300, *[1] * 24)), ((20000, 50, 60), (3000, 1, 1))])
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_follows_a_mixed_step_waits_for_its_prefill_and_its_decode(kv_lens, q_lens, captured):
+    """They run on two streams, and either may end last. The output is read, and q and the cache overwritten, right behind."""
+    b = Buffers(Real(kv_lens, q_lens))
+    b.kv_cache.nan_to_num_(0.5)
+    k, v = torch.randn(2, len(b.q), 8, 128, device="cuda", dtype=torch.bfloat16)
+    q, cache, out = b.q.clone(), b.kv_cache.clone(), torch.empty_like(b.q)
+
+    def step():
+        b.q.copy_(q)
+        b.kv_cache.copy_(cache)
+        options = dict(num_prefill=1, num_decode=len(kv_lens) - 1, max_q_len=q_lens[0], max_kv_len=max(kv_lens[1:]))
+        out.copy_(patune.paged_attention_with_cache(b.q, k, v, b.kv_cache, b.qo_indptr, *b.table, **options))
+        b.kv_cache.zero_()
+        b.q.zero_()
+
+    run = capture(step).replay if captured else step
+    places = patune.get_batch_indices_positions(b.qo_indptr, b.seq_lens, len(q))
+    patune.append_paged_kv_cache(k, v, *places, filled := cache.clone(), *b.table)
+    want = patune.reference_paged_attention(q, filled, b.qo_indptr, *b.table)
+    for _ in range(4):
+        out.fill_(float("nan"))
+        run()
+        assert_close(out, want, 1e-2)
+
+
 def test_a_mixed_step_runs_the_kernels_of_its_parts_and_nothing_else():
     """A small kernel costs a graph more than a microsecond."""
     b = Buffers(Real((4096, 4096, 4096), (200, 1, 1)))  # all alike: the step knows the lengths' mean alone, and takes these configs

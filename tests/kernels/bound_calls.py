@@ -240,6 +240,16 @@ def test_a_bound_call_has_the_grid_and_the_scratch_of_its_gpu(monkeypatch, num_s
     assert sum(x.nbytes for x in scratch.values()) <= only.scratch_bytes <= sum(x.nbytes + 127 for x in scratch.values())
 
 
+@pytest.mark.parametrize(("step", "forks"), [("mixed", True), ("mixed, prompts alone", False), ("mixed, decodes alone", False)])
+def test_a_mixed_step_s_decode_runs_beside_its_prefill(step, forks):
+    """It forks off behind the append, and the step ends with what joins it again; of one of them alone, nothing forks."""
+    arguments = VARIATIONS[step]()
+    for found in (unbound(arguments), launched(arguments), launched(arguments)):
+        places = [i for i, made in enumerate(found) if made in (["fork"], ["join"])]
+        assert places == ([1, len(found) - 1] if forks else [])
+    assert is_bound(arguments)
+
+
 def test_a_mixed_step_with_padding_is_not_bound():
     """Its rows are set to zero on the device, and not by a launch."""
     assert not is_bound(mixed(padding=3)) and not bound._bound
