@@ -15,7 +15,7 @@ from . import append, decode, decode_hopper, prefill, prefill_hopper, streams
 from .bound import Call, remember
 from .cache import paged_cache
 from .config import find, find_either
-from .defaults import without_cluster
+from .defaults import programs_beside, without_cluster
 from .device import device_of
 from .template import Launch, Template, Values
 
@@ -164,9 +164,12 @@ def _paged_decode(q, *arguments, **options):
 
 def prefill_call(
     q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, out, lse, sm_scale, kv_layout, max_q_len,
-    causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, template="prefill", kv_len=None,
+    causal, window, soft_cap, sinks, k_scale, v_scale, v_factor, config, template="prefill", kv_len=None, decode_tokens=0,
 ) -> Call | None:  # fmt: skip
-    """The call that operator paged_prefill makes of its arguments; None if there is nothing to do."""
+    """The call that operator paged_prefill makes of its arguments; None if there is nothing to do.
+
+    decode_tokens: KV tokens of a decode that runs beside it.
+    """
     batch_size = kv_indptr.shape[0] - 1
     if batch_size == 0 or q.shape[0] == 0:
         return None
@@ -179,19 +182,22 @@ def prefill_call(
     hopper = prefill_hopper.serves(device_of(q).capability, q, cache, out, **extras)
     template, values = _either(prefill_hopper.TEMPLATE, prefill.TEMPLATE, hopper, config, template, q, cache, **workload)
     max_q_len = q.shape[0] if max_q_len is None else max_q_len
+    programs = None
+    if decode_tokens and template == "prefill_hopper":
+        programs = programs_beside(_query(prefill_hopper.TEMPLATE, q, cache, **workload), decode_tokens)
 
     def build(q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
         cache = paged_cache(kv_cache, v_cache, kv_layout)
         arguments = q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, values
         options = dict(qo_indptr=qo_indptr, max_q_len=max_q_len, sm_scale=sm_scale, causal=causal, v_factor=v_factor)
         if template == "prefill_hopper":
-            return prefill_hopper.launches(*arguments, **options)
+            return prefill_hopper.launches(*arguments, **options, programs=programs)
         return prefill.launches(
             *arguments, window=window, soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, **options
         )
 
     tensors = (q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=4, config=(template, *values.values()))
+    return Call(build, tensors, advice=4, config=(template, *values.values(), programs or 0))
 
 
 def _paged_prefill(q, *arguments, **options):
@@ -237,8 +243,8 @@ def mixed_call(
     kv_layout, num_prefill, num_decode, num_prefill_tokens, max_q_len, max_kv_len, window, soft_cap, sinks, k_scale, v_scale,
     k_factor, v_factor,
 ) -> Call:  # fmt: skip
-    """The call that operator paged_attention_with_cache makes of its arguments: an append, then a decode and a prefill. Its last
-    tensor is the output, new, whose rows of padding are zeros already."""
+    """The call that operator paged_attention_with_cache makes of its arguments: an append, then a decode and a prefill, beside each
+    other where the decode's kernel allows it. Its last tensor is the output, new, whose rows of padding are zeros already."""
     n, end = num_prefill_tokens, num_prefill_tokens + num_decode
     out, padding = q.new_empty(q.shape), end < q.shape[0]
     if padding:
@@ -254,14 +260,23 @@ def mixed_call(
         return kv_indices, kv_indptr[num_prefill:], kv_last_page_len[num_prefill:]
 
     pages = kv_indices, kv_indptr, kv_last_page_len
-    calls = (
-        append_call(k, v, batch_indices, positions, kv_cache, v_cache, *pages, kv_layout, k_scale, v_scale, k_factor, v_factor,
-                    None, qo_indptr),
-        prefill_call(q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True,
-                     *options, None, kv_len=of_prefill),
-        decode_call(q[n:end], kv_cache, v_cache, *decodes(*pages), out[n:end], None, scale, kv_layout, 1, max_kv_len, None,
-                    *options, False, None, kv_len=of_decode),
+    appended = append_call(
+        k, v, batch_indices, positions, kv_cache, v_cache, *pages, kv_layout, k_scale, v_scale, k_factor, v_factor, None, qo_indptr
+    )
+    decoded = decode_call(
+        q[n:end], kv_cache, v_cache, *decodes(*pages), out[n:end], None, scale, kv_layout, 1, max_kv_len, None, *options, False,
+        None, kv_len=of_decode,
     )  # fmt: skip
+    # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
+    # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
+    # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
+    beside = decoded is not None and decoded.config[0] == "decode_hopper"
+    prefilled = prefill_call(
+        q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True, *options, None,
+        kv_len=of_prefill, decode_tokens=num_decode * of_decode if beside else 0,
+    )  # fmt: skip
+    calls = appended, prefilled, decoded
+    yields = prefilled is not None and prefilled.config[-1]  # the prefill has several waves, and leaves the decode some SMs
 
     def build(
         q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
@@ -274,12 +289,10 @@ def mixed_call(
             (q[n:end], *kv, *decodes(*pages), *extras, out[n:end], None),
         )
         append, prefill, decode = ([] if call is None else call.build(*its) for call, its in zip(calls, theirs))
-        # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
-        # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
-        # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
-        if prefill and calls[2] and calls[2].config[0] == "decode_hopper":
-            decode = [replace(launch, aside=True) for launch in decode]
-        return [*append, *decode, *prefill]
+        if not (beside and prefill):
+            return [*append, *decode, *prefill]
+        first, second = (prefill, decode) if yields else (decode, prefill)  # who goes first takes what SMs it can
+        return [*append, *(replace(launch, aside=True) for launch in first), *second]
 
     tensors = (q, k, v, kv_cache, v_cache, qo_indptr, *pages, batch_indices, positions, sinks, k_scale, v_scale, out)
     config = tuple(value for call in calls if call for value in call.config)

@@ -63,10 +63,10 @@ def serves(
 
 def launches(
     q, cache, kv_indices, kv_indptr, kv_last_page_len, out, lse, config, *,
-    qo_indptr, max_q_len, sm_scale, causal=True, v_factor=1.0,
+    qo_indptr, max_q_len, sm_scale, causal=True, v_factor=1.0, programs=None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one prefill that `serves` takes: its counter's, its own, and one to join its splits, the first and the last
-    only where there are such. Arguments as in prefill.launches."""
+    only where there are such. Arguments as in prefill.launches; programs: how many at most, where it is not to have all SMs."""
     batch_size, (tokens, q_heads, head_dim), block_n = kv_indptr.shape[0] - 1, q.shape, config["BLOCK_N"]
     num_splits, group = config["num_splits"], q_heads // cache.kv_heads
     heads = packed_heads(group, max_q_len)
@@ -74,7 +74,7 @@ def launches(
     # Every sequence adds at most one partial block; with max_q_len the bound is the smaller of the two.
     blocks = min(tokens // block + batch_size, ceil_div(max_q_len, block) * batch_size)
     items = blocks * q_heads // heads
-    programs = min(items * num_splits, device_of(q).sm_count)
+    programs = min(items * num_splits, programs or device_of(q).sm_count)
     counter = partial = partial_lse = tails = None
     before: list[Launch] = []
     if config["schedule"] == DYNAMIC:

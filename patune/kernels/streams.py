@@ -1,4 +1,5 @@
-"""A second stream, which forks off the current one and joins it again: for launches that may run beside others.
+"""A second stream, which forks off the current one and joins it again: for launches that may run beside others, and go first where
+both wait for SMs.
 
 A thread has its own for each device, so a thread that captures a graph does not draw others into it. Whatever a launch reads,
 writes or needs as scratch belongs to the current stream, as it does without: between fork and join nothing is freed.
@@ -22,7 +23,7 @@ def fork() -> torch.cuda.Stream:
     device = torch.cuda.current_device()
     second = _streams.second.get(device)
     if second is None:
-        second = _streams.second[device] = torch.cuda.Stream(device)
+        second = _streams.second[device] = torch.cuda.Stream(device, priority=-1)
     second.wait_stream(torch.cuda.current_stream())
     return second
 

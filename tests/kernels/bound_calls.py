@@ -33,6 +33,7 @@ PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 6
 PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
 TAKEN = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
 MIXED = Case((5, 300, 1, 1), (200, 330, 40, 90), dtype="bfloat16")  # two prompts and two decodes
+WAVES = Case((5, 6000, 1, 1), (200, 6000, 4000, 9000), dtype="bfloat16")  # the same, the prompts in several waves of programs
 SCRATCH = ("partial_ptr", "partial_lse_ptr", "tails_ptr")  # of prefill_hopper
 
 
@@ -209,6 +210,7 @@ VARIATIONS = {
     "mixed, one prompt more": lambda: mixed(num_prefill=3),
     "mixed, prompts alone": lambda: mixed(PREFILL),
     "mixed, decodes alone": lambda: mixed(CASE, num_prefill=0),
+    "mixed, several waves": lambda: mixed(WAVES, max_q_len=6000, max_kv_len=9000),
     "mixed, options": lambda: mixed(sliding_window=50, sinks=torch.zeros(8), k_scale=ONE, v_scale=2.0, max_kv_len=330),
 }
 
@@ -240,13 +242,18 @@ def test_a_bound_call_has_the_grid_and_the_scratch_of_its_gpu(monkeypatch, num_s
     assert sum(x.nbytes for x in scratch.values()) <= only.scratch_bytes <= sum(x.nbytes + 127 for x in scratch.values())
 
 
-@pytest.mark.parametrize(("step", "forks"), [("mixed", True), ("mixed, prompts alone", False), ("mixed, decodes alone", False)])
-def test_a_mixed_step_s_decode_runs_beside_its_prefill(step, forks):
-    """It forks off behind the append, and the step ends with what joins it again; of one of them alone, nothing forks."""
+@pytest.mark.parametrize(
+    ("step", "first"),
+    [("mixed", "decode"), ("mixed, several waves", "prefill"), ("mixed, prompts alone", ""), ("mixed, decodes alone", "")],
+)
+def test_a_mixed_step_s_prefill_and_decode_run_beside_each_other(step, first):
+    """One of them forks off behind the append, and the step ends with what joins it again; of one alone, nothing forks."""
     arguments = VARIATIONS[step]()
     for found in (unbound(arguments), launched(arguments), launched(arguments)):
         places = [i for i, made in enumerate(found) if made in (["fork"], ["join"])]
-        assert places == ([1, len(found) - 1] if forks else [])
+        assert places == ([1, len(found) - 1] if first else [])
+        if first:
+            assert found[2][0] == (126 if first == "prefill" else 2)
     assert is_bound(arguments)
 
 

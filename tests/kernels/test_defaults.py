@@ -15,6 +15,7 @@ from patune.kernels.defaults import (
     packed_heads,
     prefill_blocks,
     prefill_splits,
+    programs_beside,
 )
 
 
@@ -139,3 +140,20 @@ def test_a_measured_config_without_one_of_the_kernel_s_tunables_is_not_used():
     for name in whole:
         assert found({k: v for k, v in whole.items() if k != name}) == whole
     assert found(whole | {"waves": 2}) == whole
+
+
+@given(st.integers(1, 64), st.integers(1, 8192), st.integers(0, 1 << 16), st.sampled_from((1, 3, 4, 8)), st.integers(1, 1 << 22))
+def test_a_prefill_beside_a_decode_keeps_most_sms_and_whole_waves(batch_size, q_len, prefix, group, tokens):
+    """Of one wave it is not held back; of more, no fewer programs would do as many waves."""
+    sizes = query(
+        kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, head_dim=128,
+        page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16",
+    )  # fmt: skip
+    blocks, programs = prefill_blocks(sizes), programs_beside(sizes, tokens)
+    if blocks <= 132:
+        assert programs is None
+        return
+    waves = -(-blocks // programs)
+    assert programs <= 132 and programs == -(-blocks // waves)
+    assert programs >= 99 or waves == -(-blocks // 132)
+    assert programs <= programs_beside(sizes, 1), "the less there is to decode, the fewer SMs it is left"
