@@ -114,22 +114,23 @@ def programs_beside(query: dict, decode_tokens: int) -> int | None:
     """The programs of a prefill by prefill_hopper with which it and a decode of so many KV tokens beside it end first; None if it
     has no more items than SMs.
 
-    A decode needs 60 SMs to have all of HBM, so the prefill leaves it some, but works in whole waves of items, on 3 of 4 SMs or
-    more. Time is that of prefill_splits; a decode slows a prefill beside it by 0.3 of its share of HBM. On an H100, of 512 items
-    and 32 x 8k tokens: 772 us by 128 programs, 696 by 103, 830 by 86; of 2048 items and 256 x 1k: 1160, 1043 by 108, 1319.
+    A decode needs 60 SMs to have all of HBM, so the prefill leaves it some, but has 3 of 4 or more. Items behind a long prefix take
+    equally long and come in whole waves; of others, long ones go first, and programs end together. Time is that of prefill_splits;
+    a decode slows a prefill beside it by 0.3 of its share of HBM. On an H100, of 512 items and 32 x 8k tokens: 772 us by 128
+    programs, 696 by 103, 830 by 86; of 2048 items and 256 x 1k: 1160, 1043 by 108, 1319.
     """
     if in_one_wave(query):
         return None
     sms, blocks = query["sm_count"] or 132, prefill_blocks(query)
+    equal = query["kv_len"] >= 4 * query["q_len"]
     walk, decode = query["kv_len"] - query["q_len"] / 2 + 128, decode_tokens * (query["kv_heads"] or 8) / 60
 
-    def end(waves: int) -> float:
-        share = (sms - -(-blocks // waves)) / 60
+    def end(programs: int) -> float:
+        waves, share = -(-blocks // programs) if equal else blocks / programs, (sms - programs) / 60
         prefill = waves * walk * (1 + 0.3 * share)
         return prefill + max(0.0, decode - share * prefill)
 
-    fewest = -(-blocks // sms)
-    return -(-blocks // min(range(fewest, max(fewest, blocks * 4 // (sms * 3)) + 1), key=end))
+    return min(range(sms, -(-3 * sms // 4) - 1, -1), key=end)
 
 
 def _kv_heads(sizes: dict) -> int:

@@ -149,7 +149,7 @@ def decode_call(
         )
 
     tensors = (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=3, config=(template, *values.values()))
+    return Call(build, tensors, advice=3, config=(template, *values.items()))
 
 
 def _make(call: Call | None, tensor: torch.Tensor) -> None:
@@ -197,7 +197,7 @@ def prefill_call(
         )
 
     tensors = (q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=4, config=(template, *values.values(), programs or 0))
+    return Call(build, tensors, advice=4, config=(template, *values.items(), ("programs", programs)))
 
 
 def _paged_prefill(q, *arguments, **options):
@@ -231,7 +231,7 @@ def append_call(
 
     pages = kv_indices, kv_indptr, kv_last_page_len
     tensors = (k, v, batch_indices, positions, kv_cache, v_cache, *pages, k_scale, v_scale, qo_indptr)
-    return Call(build, tensors, advice=6, config=tuple(values.values()))
+    return Call(build, tensors, advice=6, config=tuple(values.items()))
 
 
 def _append(k, *arguments):
@@ -270,13 +270,16 @@ def mixed_call(
     # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
     # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
     # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
-    beside = decoded is not None and decoded.config[0] == "decode_hopper"
+    of_decoded = () if decoded is None else decoded.config
+    beside = "decode_hopper" in of_decoded
+    alone = ("cluster", 1) in of_decoded  # clusters need SMs that are neighbours, and none of them taken
     prefilled = prefill_call(
         q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True, *options, None,
-        kv_len=of_prefill, decode_tokens=num_decode * of_decode if beside else 0,
+        kv_len=of_prefill, decode_tokens=num_decode * of_decode if beside and alone else 0,
     )  # fmt: skip
     calls = appended, prefilled, decoded
-    yields = prefilled is not None and prefilled.config[-1]  # the prefill has several waves, and leaves the decode some SMs
+    # Whoever goes first takes what SMs it can, so that is the prefill where it leaves the decode some.
+    yields = prefilled is not None and ("programs", None) not in prefilled.config
 
     def build(
         q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
@@ -291,7 +294,7 @@ def mixed_call(
         append, prefill, decode = ([] if call is None else call.build(*its) for call, its in zip(calls, theirs))
         if not (beside and prefill):
             return [*append, *decode, *prefill]
-        first, second = (prefill, decode) if yields else (decode, prefill)  # who goes first takes what SMs it can
+        first, second = (prefill, decode) if yields else (decode, prefill)
         return [*append, *(replace(launch, aside=True) for launch in first), *second]
 
     tensors = (q, k, v, kv_cache, v_cache, qo_indptr, *pages, batch_indices, positions, sinks, k_scale, v_scale, out)

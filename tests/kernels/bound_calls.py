@@ -253,7 +253,7 @@ def test_a_mixed_step_s_prefill_and_decode_run_beside_each_other(step, first):
         places = [i for i, made in enumerate(found) if made in (["fork"], ["join"])]
         assert places == ([1, len(found) - 1] if first else [])
         if first:
-            assert found[2][0] == (126 if first == "prefill" else 2)
+            assert (99 <= found[2][0] < 132) == (first == "prefill"), "it leaves some of the 132 SMs"
     assert is_bound(arguments)
 
 
