@@ -2,7 +2,7 @@
 decode_hopper_jit.py is its device code. Stage 2, the cut into shares and the partials are those of the template "decode".
 
 It is a template of its own for the reasons that prefill_hopper.py gives. `paged_decode` asks the table for both and takes the
-faster one where both were measured on one workload, else this one.
+faster one where both were measured on the call's workload, else this one.
 """
 
 from ..workload import Key, Workload

@@ -3,7 +3,7 @@ its device code.
 
 It is a template of its own, not a tunable of "prefill": the two share no tunable but the tile, only one of them compiles
 for other GPUs, and each keeps its own landscape, stale only when its own device code changes. `paged_prefill` asks the table
-for both and takes the faster one where both were measured on one workload, else this one.
+for both and takes the faster one where both were measured on the call's workload, else this one.
 """
 
 import torch
