@@ -110,9 +110,9 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     return best if end(best) < 0.95 * end(1) else 1
 
 
-def programs_beside(query: dict, decode_tokens: int) -> int | None:
+def programs_beside(query: dict, num_splits: int, decode_tokens: int) -> int | None:
     """The programs of a prefill by prefill_hopper with which it and a decode of so many KV tokens beside it end first; None if it
-    has no more items than SMs.
+    has no more items than SMs, all where items are cut to fill the last wave.
 
     A decode needs 60 SMs to have all of HBM, so the prefill leaves it some, but has 3 of 4 or more. Items behind a long prefix take
     equally long and come in whole waves; of others, long ones go first, and programs end together. Time is that of prefill_splits;
@@ -122,6 +122,8 @@ def programs_beside(query: dict, decode_tokens: int) -> int | None:
     if in_one_wave(query):
         return None
     sms, blocks = query["sm_count"] or 132, prefill_blocks(query)
+    if num_splits > 1:
+        return sms
     equal = query["kv_len"] >= 4 * query["q_len"]
     walk, decode = query["kv_len"] - query["q_len"] / 2 + 128, decode_tokens * (query["kv_heads"] or 8) / 60
 

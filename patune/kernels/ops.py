@@ -184,7 +184,7 @@ def prefill_call(
     max_q_len = q.shape[0] if max_q_len is None else max_q_len
     programs = None
     if decode_tokens and template == "prefill_hopper":
-        programs = programs_beside(_query(prefill_hopper.TEMPLATE, q, cache, **workload), decode_tokens)
+        programs = programs_beside(_query(prefill_hopper.TEMPLATE, q, cache, **workload), values["num_splits"], decode_tokens)
 
     def build(q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse):
         cache = paged_cache(kv_cache, v_cache, kv_layout)

@@ -33,7 +33,7 @@ PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 6
 PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
 TAKEN = patune.Config({**PREFILL_HOPPER, "schedule": prefill_hopper.DYNAMIC})
 MIXED = Case((5, 300, 1, 1), (200, 330, 40, 90), dtype="bfloat16")  # two prompts and two decodes
-WAVES = Case((5, 6000, 1, 1), (200, 6000, 4000, 9000), dtype="bfloat16")  # the same, the prompts in several waves of programs
+WAVES = Case((5, 12000, 1, 1), (200, 12000, 4000, 9000), dtype="bfloat16")  # the same, the prompts in several waves of programs
 SCRATCH = ("partial_ptr", "partial_lse_ptr", "tails_ptr")  # of prefill_hopper
 
 
@@ -210,7 +210,7 @@ VARIATIONS = {
     "mixed, one prompt more": lambda: mixed(num_prefill=3),
     "mixed, prompts alone": lambda: mixed(PREFILL),
     "mixed, decodes alone": lambda: mixed(CASE, num_prefill=0),
-    "mixed, several waves": lambda: mixed(WAVES, max_q_len=6000, max_kv_len=9000),
+    "mixed, several waves": lambda: mixed(WAVES, max_q_len=12000, max_kv_len=9000),
     "mixed, options": lambda: mixed(sliding_window=50, sinks=torch.zeros(8), k_scale=ONE, v_scale=2.0, max_kv_len=330),
 }
 
@@ -649,7 +649,7 @@ def test_a_table_that_is_read_again_decides_anew(tmp_path, monkeypatch):
     before = unbound(arguments)
     key = dict(head_dim=64, page_size=16, q_heads_per_kv=4)
     config = {**CONFIG, "num_splits": 2, "num_warps": 2}
-    mine = entry(**key, batch_size=2, kv_len=264, kv_heads=2, config=config)
+    mine = entry(**key, batch_size=2, kv_len=272, kv_heads=2, config=config)
     slower = {**mine, "kernel": "decode_hopper", "us": 2 * mine["us"]}  # what a call takes of this one alone
     store_entries(tmp_path / "mine.db", [mine, slower])
     monkeypatch.setenv("PATUNE_DB", str(tmp_path / "mine.db"))

@@ -149,10 +149,11 @@ def test_a_prefill_beside_a_decode_keeps_most_sms(batch_size, q_len, prefix, gro
         kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, head_dim=128,
         page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16",
     )  # fmt: skip
-    blocks, programs, least = prefill_blocks(sizes), programs_beside(sizes, tokens), programs_beside(sizes, 1)
+    blocks, programs, least = prefill_blocks(sizes), programs_beside(sizes, 1, tokens), programs_beside(sizes, 1, 1)
     if blocks <= 132:
         assert programs is None
         return
+    assert programs_beside(sizes, 2, tokens) == 132
     assert 99 <= programs <= least <= 132, "the less there is to decode, the fewer SMs it is left"
     if prefix >= 3 * q_len:
         assert -(-blocks // least) == -(-blocks // 132)
