@@ -9,7 +9,7 @@ def test_show_prints_the_table_by_key(patune, tuned):
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
     assert lines[0].strip() == "append on NVIDIA H100 80GB HBM3: head_dim 128, page_size 16, bfloat16"
-    assert lines[4].split() == ["B1", "L1024", "4", "4", "6.0", "12.0", "x2.00", "17", "replay", "2026-11-22"]
+    assert lines[4].split() == ["B1", "L1024", "4", "4", "6.0", "10.0", "x1.67", "17", "replay", "2026-11-22"]
 
 
 def test_show_as_json_has_all_that_is_known_of_each_config(patune, tuned):

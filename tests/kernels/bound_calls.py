@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patune
 from kernels.test_errors import UNSUPPORTED, WRONG
 from patune.cachedb import lookup
-from patune.kernels import bound, decode_hopper, decode_hopper_jit, ops, prefill, prefill_hopper
+from patune.kernels import bound, calls, decode_hopper, decode_hopper_jit, ops, prefill, prefill_hopper
 from patune.workload import Key, Workload
 
 standin.install()
@@ -424,7 +424,7 @@ def test_a_call_of_the_wrong_types_fails_as_if_nothing_were_bound(changes):
 def test_a_call_is_worked_out_once_to_be_run_and_bound(monkeypatch):
     """What binds it takes the config and the kernels that the operator ran it with."""
     worked_out = []
-    decode_call = ops.decode_call
+    decode_call = calls.decode_call
     monkeypatch.setattr(
         ops, "decode_call", lambda *given, **options: worked_out.append(decode_call(*given, **options)) or worked_out[-1]
     )

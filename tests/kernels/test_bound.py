@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from paged import Batch, Case, cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patune.kernels import bound, decode_hopper, ops, prefill_hopper
+from patune.kernels import bound, calls, decode_hopper, mixed, prefill_hopper
 from patune.kernels.cache import paged_cache
 
 
@@ -41,7 +41,7 @@ def test_building_the_launches_of_a_decode_allocates_and_takes_views_only(case):
     one, sinks = torch.ones(1), batch.options.get("sinks")
     kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
     for config in ([16, 4, 2, 1], [16, 4, 2, 3]):
-        call = ops.decode_call(
+        call = calls.decode_call(
             batch.q, *kv, *batch.pages, out, lse, 0.1, case.layout, case.q_lens[0], None, None, case.window, case.soft_cap, sinks,
             one, one, 1.0, False, config,
         )  # fmt: skip
@@ -71,7 +71,7 @@ def test_building_the_launches_of_a_prefill_allocates_and_takes_views_only(case)
     out, lse = batch.nan_like_q(), batch.q.new_empty(batch.q.shape[:2], dtype=torch.float32)
     one, sinks = torch.ones(1), batch.options.get("sinks")
     kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
-    call = ops.prefill_call(
+    call = calls.prefill_call(
         batch.q, *kv, batch.qo_indptr, *batch.pages, out, lse, 0.1, case.layout, max(case.q_lens), True, case.window, case.soft_cap,
         sinks, one, one, 1.0, [64, 64, 4, 2, 0, 2],
     )  # fmt: skip
@@ -102,7 +102,7 @@ def test_building_the_launches_of_a_mixed_step_allocates_and_takes_views_only(ca
     rows = sum(case.q_lens[:n])
     k = torch.zeros(len(batch.q), case.kv_heads, case.head_dim, dtype=batch.q.dtype)
     kv = batch.kv_cache if case.pair else (batch.kv_cache, None)
-    call = ops.mixed_call(
+    call = mixed.mixed_call(
         batch.q, k, k, *kv, batch.qo_indptr, *batch.pages, None, None, 0.1, case.layout, n, decodes, rows,
         max(case.q_lens), None, case.window, case.soft_cap, batch.options.get("sinks"), torch.ones(1), torch.ones(1), 1.0, 1.0,
     )  # fmt: skip

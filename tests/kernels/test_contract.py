@@ -10,7 +10,7 @@ from paged import Batch, Case, assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patune
-from patune.kernels import api, decode, device, ops
+from patune.kernels import api, calls, decode, device, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLIT = dict(BLOCK_N=16, num_warps=4, num_stages=2, num_splits=3)
@@ -52,9 +52,9 @@ def test_the_sm_count_is_the_tensors_devices_not_device_0s(two_gpus):
 def test_the_config_is_looked_up_for_the_tensors_own_device(two_gpus, monkeypatch):
     """A call with tensors on device 1 while device 0 is current asks the table for device 1."""
     queries = []
-    monkeypatch.setattr(ops, "find", lambda query: queries.append(query) or {})
+    monkeypatch.setattr(calls, "find", lambda query: queries.append(query) or {})
     cache = SimpleNamespace(k=torch.empty(0), head_dim=64, page_size=16, kv_heads=2)
-    ops._config(decode.TEMPLATE, None, on(1, shape=(2, 8, 64), dtype=torch.bfloat16), cache, batch_size=2, kv_len=100, q_len=1)
+    calls._config(decode.TEMPLATE, None, on(1, shape=(2, 8, 64), dtype=torch.bfloat16), cache, batch_size=2, kv_len=100, q_len=1)
     assert [(q["device_name"], q["sm_count"], q["capability"]) for q in queries] == [("GPU B", 78, "8.9")]
 
 
@@ -74,7 +74,7 @@ def test_a_launch_runs_on_the_tensors_device_and_that_devices_current_stream(two
 
     monkeypatch.setattr(torch.cuda, "device", Switch)
     seen = []
-    launch = SimpleNamespace(run=lambda: seen.append(current[-1]))
+    launch = SimpleNamespace(run=lambda: seen.append(current[-1]), aside=False)
     ops.run([launch, launch], on(1))
     ops.run([launch], on(0))
     assert seen == [1, 1, 0] and current == [0]

@@ -15,7 +15,6 @@ from patune.kernels.defaults import (
     packed_heads,
     prefill_blocks,
     prefill_splits,
-    programs_beside,
 )
 
 
@@ -35,7 +34,7 @@ def test_splits_are_searched_values_that_leave_64_tokens_a_share(programs, batch
 @given(st.sampled_from((4, 8, 16, 32, 64)), st.sampled_from((1, 2, 4, 8)))
 def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
     """Twice the batch takes half of the splits; every other tunable stays."""
-    entry = dict(config={"BLOCK_N": 64, "num_splits": 16}, batch_size=4, kv_heads=8, q_len=1, sm_count=132)
+    entry = query(batch_size=4) | {"config": {"BLOCK_N": 64, "num_splits": 16}}
     config = adapt(entry, query(batch_size=batch_size * factor))
     assert config["BLOCK_N"] == 64
     assert config["num_splits"] == max(s for s in SPLITS if s <= max(1, 64 // (batch_size * factor)))
@@ -44,9 +43,7 @@ def test_a_neighbour_s_config_keeps_its_programs(batch_size, factor):
 @given(st.sampled_from((1, 2, 4, 8, 16, 64)), st.sampled_from((512, 8192)), st.booleans())
 def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, kv_len, ragged):
     """A ragged batch gets none: its shares follow from the whole batch. Of other heads, it is the default's."""
-    entry = dict(
-        config={"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}, batch_size=4, kv_heads=8, q_len=1, sm_count=132
-    )
+    entry = query(batch_size=4) | {"config": {"BLOCK_N": 64, "num_stages": 3, "cluster": 4, "num_splits": 4}}
     sizes = query(
         kernel="decode_hopper", batch_size=batch_size, kv_len=kv_len, head_dim=128, q_dtype="bfloat16", kv_dtype="bfloat16"
     )
@@ -119,7 +116,7 @@ def test_a_neighbour_s_prefill_has_the_splits_of_its_own_blocks(batch_size, q_le
 
 
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
-    entry = dict(config={"num_splits": 16}, batch_size=4, kv_heads=8, q_len=1, sm_count=132)
+    entry = query(batch_size=4) | {"config": {"num_splits": 16}}
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
 
 
@@ -149,11 +146,15 @@ def test_a_prefill_beside_a_decode_keeps_most_sms(batch_size, q_len, prefix, gro
         kernel="prefill_hopper", batch_size=batch_size, q_len=q_len, kv_len=prefix + q_len, q_heads_per_kv=group, head_dim=128,
         page_size=16, q_dtype="bfloat16", kv_dtype="bfloat16",
     )  # fmt: skip
-    blocks, programs, least = prefill_blocks(sizes), programs_beside(sizes, 1, tokens), programs_beside(sizes, 1, 1)
+    blocks, programs, least = (
+        prefill_blocks(sizes),
+        prefill_hopper.programs_beside(sizes, 1, tokens),
+        prefill_hopper.programs_beside(sizes, 1, 1),
+    )
     if blocks <= 132:
         assert programs is None
         return
-    assert programs_beside(sizes, 2, tokens) == 132
+    assert prefill_hopper.programs_beside(sizes, 2, tokens) == 132
     assert 99 <= programs <= least <= 132, "the less there is to decode, the fewer SMs it is left"
     if prefix >= 3 * q_len:
         assert -(-blocks // least) == -(-blocks // 132)

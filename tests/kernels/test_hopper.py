@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from triton.runtime.jit import JITFunction
 
 from patune.cachedb import lookup
-from patune.kernels import cluster_jit, config, decode_hopper, decode_hopper_jit, ops, prefill_hopper, prefill_hopper_jit
+from patune.kernels import calls, cluster_jit, config, decode_hopper, decode_hopper_jit, prefill_hopper, prefill_hopper_jit
 from patune.kernels.cache import paged_cache
 from patune.kernels.tma import matrix, pool_arguments
 from patune.tuner.compile import SHARED_BYTES
@@ -285,10 +285,10 @@ def taken(**options) -> dict[str, int]:
     q = torch.zeros(batch, 8, 128, dtype=torch.bfloat16)
     i32 = partial(torch.zeros, dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "device_of", lambda x: SimpleNamespace(capability="9.0", sm_count=132, name=""))
-        patch.setattr(ops, "find_either", lambda *queries: ("decode_hopper", CLUSTERED))
+        patch.setattr(calls, "device_of", lambda x: SimpleNamespace(capability="9.0", sm_count=132, name=""))
+        patch.setattr(calls, "find_either", lambda *queries: ("decode_hopper", CLUSTERED))
         options = dict(max_kv_len=None, ragged=None, config=None) | options
-        call = ops.decode_call(
+        call = calls.decode_call(
             q, kv, None, i32(batch * 100), i32(batch + 1), i32(batch), torch.empty_like(q), None, 0.1, "HND", 1,
             options["max_kv_len"], options["ragged"], None, None, None, None, None, 1.0, False, options["config"], "decode_hopper",
         )  # fmt: skip

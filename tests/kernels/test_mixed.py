@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patune
-from patune.kernels import append, ops
+from patune.kernels import append, calls, mixed, ops
 from patune.kernels.cache import paged_cache
 from patune.kernels.config import find
 
@@ -176,7 +176,7 @@ def test_a_step_launches_its_parts_and_nothing_else(launched):
 def test_a_step_takes_configs_for_what_the_host_knows_of_its_parts(launched, monkeypatch):
     """A prompt has at least its new tokens, the decodes share what is left of the pages."""
     queries = []
-    monkeypatch.setattr(ops, "find", lambda query: queries.append(query) or find(query))
+    monkeypatch.setattr(calls, "find", lambda query: queries.append(query) or find(query))
     Step(Case((160, *[1] * 20), (160, *[16] * 20)), 1).run()
     of = {query["kernel"]: query for query in queries}
     assert (of["prefill"]["kv_len"], of["prefill"]["q_len"]) == (160, 160)
@@ -191,12 +191,12 @@ def test_the_mean_lengths_of_a_steps_parts_are_possible_and_add_up(prompts, deco
     """Even prompts beside decodes of one length that the caller names are told apart exactly, whatever they are."""
     new, tokens = sum(q for q, _ in prompts), sum(q + cached for q, cached in prompts) + sum(decodes)
     for bound in (max(decodes, default=None), 1 << 20, None):
-        prompt, decode = ops._parts_kv_len(tokens, new, len(prompts), len(decodes), bound)
+        prompt, decode = mixed.parts_kv_len(tokens, new, len(prompts), len(decodes), bound)
         assert prompt >= new // max(1, len(prompts)) and 1 <= decode <= (bound or tokens or 1)
         if prompts and tokens:
             assert abs(prompt * len(prompts) + decode * len(decodes) - tokens) <= len(prompts) + len(decodes)
     if prompts and decodes:
-        prompt, decode = ops._parts_kv_len(
+        prompt, decode = mixed.parts_kv_len(
             (even := sum(prompts[0])) * len(prompts) + decodes[0] * len(decodes), prompts[0][0] * len(prompts), len(prompts),
             len(decodes), decodes[0],
         )  # fmt: skip
