@@ -6,6 +6,7 @@ Standard library only and free of imports from patune: `patune export --to pytho
 CLUSTERS = (1, 2, 4, 8)  # the values of cluster that are searched; of 16, few fit a GPU's groups of SMs: 6 to 35% slower on an H100
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # the values of num_splits that are searched
 PREFILL_SPLITS = SPLITS[:8]  # those of a prefill
+HBM = {"h100": 3.35, "h200": 4.8}  # TB/s by a word of the device name; of others that of an H100
 
 
 def default_config(query: dict) -> dict:
@@ -79,14 +80,20 @@ def in_one_wave(query: dict) -> bool:
     return prefill_blocks(query) <= (query["sm_count"] or 132)
 
 
+def hbm_blocks(query: dict) -> float:
+    """The blocks of prefill_hopper, each of other keys, that HBM feeds: 60 on an H100."""
+    words = (query.get("device_name") or "").lower().replace("-", " ").split()
+    return 60 / 3.35 * next((HBM[word] for word in words if word in HBM), 3.35)
+
+
 def prefill_splits(query: dict, block_m: int = 128) -> int:
     """The num_splits of a prefill with which its last block ends first, in parts of 512 keys or more; 1 for an unknown batch.
 
     Time is in keys that a block walks: one takes 13 ns on an H100 (prefill_hopper, head_dim 128). A block spends 128 to start and
     end, a part of one 435 more to be written and joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel
-    256; HBM brings the keys of 60 blocks in the time of one, of the plain template 90. Scratch and a second kernel are not worth
-    less than 5%. With the best tiles, where a landscape has more than one number of splits, behind the best one in the geometric
-    mean: 0.2% and 3.2% (prefill_hopper, an H100 and an H200), 2.1% and 0.6% (plain).
+    256; HBM brings the keys of hbm_blocks() in the time of one, of the plain template 90. Scratch and a second kernel are not
+    worth less than 5%. With the best tiles, where a landscape has more than one number of splits, behind the best one in the
+    geometric mean: 0.2% (prefill_hopper, an H100 and an H200; 3.2% with 60 blocks on the H200), 2.1% and 0.6% (plain).
     """
     if not query["batch_size"]:
         return 1
@@ -94,7 +101,7 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     small = plain and query["head_dim"] <= 256 and block_m * query["head_dim"] <= 1 << 14  # two programs an SM
     at_once = (query["sm_count"] or 132) * (2 if small else 1)
     keys, blocks = query["kv_len"] or 8192, prefill_blocks(query, block_m)
-    read = _kv_heads(query) * keys / (90 if plain else 60)
+    read = _kv_heads(query) * keys / (90 if plain else hbm_blocks(query))
     waves, tails = divmod(blocks, at_once)
     tail_keys = max(keys - query["q_len"], 0) + 128 if waves else keys  # of prefill_hopper's last wave: long items go first
 

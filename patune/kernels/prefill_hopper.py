@@ -12,7 +12,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..workload import Key, Workload
 from . import prefill_hopper_jit as jit
 from .cache import PagedCache
-from .defaults import PREFILL_SPLITS, block_tokens, default_config, fit, in_one_wave, packed_heads, prefill_blocks, query_of
+from .defaults import (
+    PREFILL_SPLITS,
+    block_tokens,
+    default_config,
+    fit,
+    hbm_blocks,
+    in_one_wave,
+    packed_heads,
+    prefill_blocks,
+    query_of,
+)  # fmt: skip
 from .device import device_of
 from .prefill_join_jit import prefill_join
 from .prefill_space import far_from_even
@@ -116,10 +126,11 @@ def programs_beside(query: dict, num_splits: int, decode_tokens: int) -> int | N
     """The programs of a prefill with which it and a decode of so many KV tokens beside it end first; None if it has no more items
     than SMs, all where items are cut to fill the last wave.
 
-    A decode needs 60 SMs to have all of HBM, so the prefill leaves it some, but has 3 of 4 or more. Items behind a long prefix take
-    equally long and come in whole waves; of others, long ones go first, and programs end together. Time is in keys that a block
-    walks, as in prefill_splits; a decode slows a prefill beside it by 0.3 of its share of HBM. On an H100, of 512 items and 32 x 8k
-    tokens: 772 us by 128 programs, 696 by 103, 830 by 86; of 2048 items and 256 x 1k: 1160, 1043 by 108, 1319.
+    A decode needs as many SMs as hbm_blocks() to have all of HBM, so the prefill leaves it some, but has 3 of 4 or more. Items
+    behind a long prefix take equally long and come in whole waves; of others, long ones go first, and programs end together. Time
+    is in keys that a block walks, as in prefill_splits; a decode slows a prefill beside it by 0.3 of its share of HBM. On an H100,
+    of 512 items and 32 x 8k tokens: 772 us by 128 programs, 696 by 103, 830 by 86; of 2048 items and 256 x 1k: 1160, 1043 by 108,
+    1319.
     """
     if in_one_wave(query):
         return None
@@ -127,10 +138,11 @@ def programs_beside(query: dict, num_splits: int, decode_tokens: int) -> int | N
     if num_splits > 1:
         return sms
     equal = query["kv_len"] >= 4 * query["q_len"]
-    walk, decode = query["kv_len"] - query["q_len"] / 2 + 128, decode_tokens * query["kv_heads"] / 60
+    fed = hbm_blocks(query)
+    walk, decode = query["kv_len"] - query["q_len"] / 2 + 128, decode_tokens * query["kv_heads"] / fed
 
     def end(programs: int) -> float:
-        waves, share = -(-blocks // programs) if equal else blocks / programs, (sms - programs) / 60
+        waves, share = -(-blocks // programs) if equal else blocks / programs, (sms - programs) / fed
         prefill = waves * walk * (1 + 0.3 * share)
         return prefill + max(0.0, decode - share * prefill)
 

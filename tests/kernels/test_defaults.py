@@ -115,6 +115,13 @@ def test_a_neighbour_s_prefill_has_the_splits_of_its_own_blocks(batch_size, q_le
     assert q_len < 4096 or adapt(entry, asked)["num_splits"] == 1
 
 
+def test_a_prefill_is_split_further_where_hbm_feeds_more_blocks():
+    """64 items take as long as an H100's HBM brings their keys, but not an H200's; a GPU without a figure is taken for an H100."""
+    sizes = query(kernel="prefill_hopper", batch_size=8, q_len=32, kv_len=4096, q_heads_per_kv=4, head_dim=128, q_dtype="bfloat16")
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B300", None)
+    assert [prefill_splits(sizes | {"device_name": name}) for name in names] == [1, 2, 1, 1]
+
+
 def test_a_gpu_with_fewer_sms_gets_fewer_splits():
     entry = query(batch_size=4) | {"config": {"num_splits": 16}}
     assert adapt(entry, query(batch_size=4, sm_count=66)) == {"num_splits": 8}
