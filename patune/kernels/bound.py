@@ -233,7 +233,7 @@ class _Later(NamedTuple):
 
 
 def _entry(
-    kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any], stream: "_Later"
+    kernel: CompiledKernel, grid: tuple[int, ...], arguments: list[Any], stream: _Later
 ) -> tuple[Callable[..., None], tuple] | None:
     """The C function that launches a kernel, and its arguments: Triton 3.6 gives it the kernel's one by one, 3.7 in a tuple.
 
@@ -310,7 +310,8 @@ def _write(entries: list[tuple[Callable[..., None], tuple, bool]], pointers: int
     lines = [f"    {text(function)}({listed(arguments)})" for function, arguments, _ in entries]
     first = next((i for i, (*_, aside) in enumerate(entries) if aside), None)
     if first is not None:
-        lines = [*lines[:first], "    second = fork()", "    aside = second.cuda_stream", *lines[first:], "    join(second)"]
+        begin, end = ["    second = fork()", "    aside = second.cuda_stream", "    try:"], ["    finally:", "        join(second)"]
+        lines = [*lines[:first], *begin, *(f"    {line}" for line in lines[first:]), *end]
     exec(_compiled("\n".join(["def launch(pointers, stream):", *given, *lines, "    return"])), constants)
     return constants["launch"]
 

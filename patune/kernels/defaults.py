@@ -6,7 +6,7 @@ Standard library only and free of imports from patune: `patune export --to pytho
 CLUSTERS = (1, 2, 4, 8)  # the values of cluster that are searched; of 16, few fit a GPU's groups of SMs: 6 to 35% slower on an H100
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # the values of num_splits that are searched
 PREFILL_SPLITS = SPLITS[:8]  # those of a prefill
-HBM = {"h100": 3.35, "h200": 4.8}  # TB/s by a word of the device name; of others that of an H100
+HBM_BLOCKS = {"h100": 60, "h200": 86}  # by a word of the device name, as their 3.35 and 4.8 TB/s: see hbm_blocks()
 
 
 def default_config(query: dict) -> dict:
@@ -80,10 +80,10 @@ def in_one_wave(query: dict) -> bool:
     return prefill_blocks(query) <= (query["sm_count"] or 132)
 
 
-def hbm_blocks(query: dict) -> float:
-    """The blocks of prefill_hopper, each of other keys, that HBM feeds: 60 on an H100."""
+def hbm_blocks(query: dict) -> int:
+    """The blocks of prefill_hopper, each of other keys, that HBM feeds; another GPU is taken for an H100."""
     words = (query.get("device_name") or "").lower().replace("-", " ").split()
-    return 60 / 3.35 * next((HBM[word] for word in words if word in HBM), 3.35)
+    return next((HBM_BLOCKS[word] for word in words if word in HBM_BLOCKS), HBM_BLOCKS["h100"])
 
 
 def prefill_splits(query: dict, block_m: int = 128) -> int:
@@ -156,7 +156,7 @@ def adapt(entry: dict, query: dict) -> dict:
     if query["kernel"] == "prefill_hopper" and in_one_wave(query):
         config["schedule"] = 1
     if config.get("cluster", 1) > 1:  # of all shares of a sequence
-        config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS else 1
+        config["cluster"] = config["num_splits"] if config["num_splits"] in CLUSTERS and not query["ragged"] else 1
     return config
 
 

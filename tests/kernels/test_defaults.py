@@ -51,6 +51,7 @@ def test_a_neighbour_s_cluster_is_all_splits_or_none(batch_size, kv_len, ragged)
     config, default = adapt(entry, sizes), default_config(sizes)
     assert config["cluster"] in (1, config["num_splits"]) and not (ragged and config["cluster"] > 1)
     assert (config["BLOCK_N"], config["num_stages"]) == (64, 3)
+    assert adapt(entry, sizes | {"batch_size": None})["cluster"] == (1 if ragged else 4)
     if batch_size == 4 and not ragged:
         assert config == entry["config"]
     else:
