@@ -288,8 +288,8 @@ def other_gpus() -> str:
     sections = []
     for results in GPUS[1:]:
         recorded = landscape.load(results / "landscape.json.gz")
-        parts = [f"## {recorded.environment.gpu}", race_table("decode", results), race_table("prefill", results)]
-        parts.append(race_table("prefill", results, "turns"))
+        races = [race_table(*race) for race in (("decode", results), ("prefill", results), ("prefill", results, "turns"))]
+        parts = [f"## {recorded.environment.gpu}", *races]
         sections += [part for part in (*parts, transfer_table(results, recorded), provenance_lines(results)) if part]
     return "\n\n".join(sections)
 

@@ -31,7 +31,7 @@ RECORDED = "landscape.db"
 
 def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str, int]]:
     """Step -> (command, the file that takes its stdout, seconds it may take)."""
-    tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "-v", "--db"]
+    tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "--db"]
     run = [*tune, str(out / "run.db")]
     race = [sys.executable, str(args.referee), "--peers", str(args.peers), "--candidate", str(ROOT / "tools/candidate.py")]
     plain = [*race[:-1], str(ROOT / "tools/candidate_plain.py")]

@@ -51,6 +51,9 @@ class Landscape:
         self._recordings = {(r.key, r.workload): r for r in recordings}
         self._trials: dict[tuple[Key, Workload], dict[Point, Trial]] = {}
 
+    def recordings(self) -> list[Recording]:
+        return list(self._recordings.values())
+
     def keys(self) -> list[Key]:
         return sorted({key for key, _ in self._recordings})
 

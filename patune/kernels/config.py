@@ -119,8 +119,8 @@ def find_either(first: dict, second: dict, *, table: lookup.Table | None = None)
     """
     found = [(query, *(table or lookup.table()).find(query)) for query in (first, second)]
     (_, a, _), (_, b, _) = found
-    both = a and b and a["gpu"] == b["gpu"] and all(a[field] == b[field] == first[field] for field in lookup.WORKLOAD_FIELDS)
-    query, entry, source = found[bool(a and b and both and b["us"] < a["us"])]
+    measured = a and b and a["gpu"] == b["gpu"] and all(a[field] == b[field] == first[field] for field in lookup.WORKLOAD_FIELDS)
+    query, entry, source = found[bool(measured and a and b and b["us"] < a["us"])]
     return query["kernel"], _answer(query, entry, source)
 
 

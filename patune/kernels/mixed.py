@@ -60,7 +60,7 @@ def mixed_call(
     anywhere = ("cluster", 1) in of_decoded  # a cluster needs free SMs that are neighbours
     prefilled = prefill_call(
         q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True, *options, None,
-        kv_len=of_prefill, decode_tokens=num_decode * of_decode if beside and anywhere else 0,
+        kv_len=of_prefill, decode_tokens=num_decode * of_decode if anywhere else 0,
     )  # fmt: skip
     calls = appended, prefilled, decoded
     # Whoever goes first takes what SMs it can, so that is the prefill where it leaves the decode some.

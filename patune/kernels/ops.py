@@ -25,8 +25,6 @@ def run(launches: list[Launch], tensor: torch.Tensor) -> list:
     kernels."""
     here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(tensor.device):
-        if not any(launch.aside for launch in launches):
-            return [launch.run() for launch in launches]
         kernels, second = [], None
         try:
             for launch in launches:
