@@ -28,8 +28,8 @@ TUNABLES = {
 }
 JIT_FUNCTIONS = (
     *decode.JIT_FUNCTIONS, *cluster_jit.JIT_FUNCTIONS, jit.add, jit.pick, jit.place, jit.own_share, jit.find_share,
-    jit.page_ids, jit.produce, jit.to_fp16, jit.unpack, jit.clear_tail, jit.attend, jit.merge, jit.consume, jit.idle,
-    jit.decode_split_hopper,
+    jit.page_ids, jit.produce, jit.to_fp16, jit.unpack, jit.clear_tail, jit.as_operand, jit.attend, jit.merge, jit.consume,
+    jit.idle, jit.decode_split_hopper,
 )  # fmt: skip
 _SHARED = (
     "q_ptr", "kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr", "out_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr",
@@ -49,21 +49,27 @@ def serves(capability: str | None, q, cache: PagedCache, out, *, q_len=1, window
     )
 
 
+def is_wide(rows: int, head_dim: int) -> bool:
+    """Whether queries and accumulators, of 8 rows or of 16, exceed the registers that a thread has in one of two programs an SM."""
+    return (8 if rows <= 8 else 16) * head_dim > 2048
+
+
 def shared_bytes(block_n: int, stages: int, head_dim: int, itemsize: int, rows: int = 0, cluster: int = 1) -> int:
     """Of one program: the ring, of `itemsize` bytes an element of the cache, queries that registers cannot hold, and what a cluster
     sends it for its rows."""
-    queries = 4 * jit.ROWS_M.value * head_dim * 2 if head_dim > 128 else 0
+    queries = 4 * 16 * head_dim * 2 if is_wide(rows, head_dim) else 0
     inbox = cluster_jit.inbox_bytes(rows, head_dim, cluster) if cluster > 1 else 0
     return 2 * stages * block_n * head_dim * itemsize + queries + inbox + BESIDE_BYTES
 
 
-def programs_an_sm(*ring: int) -> int:
-    """How many programs an SM holds at once, 1 or 2; arguments as of shared_bytes().
+def programs_an_sm(block_n: int, stages: int, head_dim: int, itemsize: int, rows: int = 0, cluster: int = 1) -> int:
+    """How many programs an SM holds at once, 1 or 2.
 
     Launched programmatically, the next call's programs go to whichever SM is free first. Where an SM can hold more of them than its
     share of the grid, they pile up there; a ring that leaves room for no more than that share spreads them.
     """
-    return min(2, max(1, SM_SHARED_BYTES // shared_bytes(*ring)))
+    fit = SM_SHARED_BYTES // shared_bytes(block_n, stages, head_dim, itemsize, rows, cluster)
+    return 1 if is_wide(rows, head_dim) else min(2, max(1, fit))
 
 
 def launches(
@@ -93,7 +99,7 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or another point does the same with less."""
     block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
     rows, itemsize = key.q_heads_per_kv * workload.q_len, 1 if key.kv_dtype in FP8 else 2
-    if rows > jit.ROWS_M.value:
+    if rows > jit.MAX_ROWS.value:
         return "more than 16 queries a KV head"
     if block_n > 128 and itemsize > 1:
         return "a tile of more than 128 tokens is for fp8"

@@ -18,7 +18,7 @@ from .cluster_jit import enter, reduce_in_cluster, reserve_inbox
 from .decode import own_share_size
 
 LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
-ROWS_M = gl.constexpr(16)  # rows of the MMA tile: the queries of a group, padded
+MAX_ROWS = gl.constexpr(16)  # queries of a group that the kernel takes
 
 
 # ---- which share is this program's
@@ -128,6 +128,9 @@ def produce(
     AHEAD: gl.constexpr = 32 // BOXES  # tiles whose page ids one load brings
     enter(CLUSTER)
     gdc_wait()
+    num_splits = batch[3]
+    if CLUSTER == 1 and num_splits > 1:
+        gdc_launch_dependents()
     first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, CLUSTER)
     k_page_rows, k_head_rows, k_head_columns = k_strides
     v_page_rows, v_head_rows, v_head_columns = v_strides
@@ -159,10 +162,11 @@ def produce(
 
 @gluon.jit
 def to_fp16(q):
-    """q times a power of two that brings its largest element to about 2^14, as fp16, and that power: decode.to_fp16 in Gluon."""
+    """q [warps, D, queries] times a power of two that brings its largest element to about 2^14, as fp16, and that power:
+    decode.to_fp16 in Gluon."""
     size = gl.abs(q.to(gl.float32))
     size = gl.where(size < float("inf"), size, 0.0)
-    largest = gl.max(gl.max(gl.max(size, 2), 1), 0)
+    largest = gl.max(gl.max(gl.max(size, 1), 1), 0)
     q_scale = gl.exp2(14 - gl.floor(gl.log2(gl.maximum(largest, 1e-30))))
     return (q.to(gl.float32) * q_scale).to(gl.float16), q_scale
 
@@ -201,13 +205,26 @@ def clear_tail(v, rows):
 
 
 @gluon.jit
+def as_operand(p, LP: gl.constexpr):
+    """p [warps, keys, queries], left by an MMA, as the second operand of one: blocks of 8 by 8 are transposed in the registers."""
+    KEYS: gl.constexpr = p.shape[1]
+    QUERIES: gl.constexpr = p.shape[2]
+    p = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=False, pack=2
+    )
+    p = p.reshape([p.shape[0], KEYS // 8, 8, QUERIES // 8, 8]).permute((0, 1, 4, 3, 2)).reshape([p.shape[0], KEYS, QUERIES])
+    return gl.convert_layout(p, LP, assert_trivial=True)
+
+
+@gluon.jit
 def attend(
     q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh,
-    GROUP: gl.constexpr, Q_LEN: gl.constexpr, WARPS: gl.constexpr,
+    GROUP: gl.constexpr, Q_LEN: gl.constexpr, QUERIES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Attention over the share's tiles, of which `valid` tokens are left in the sequence. Each warp its own tokens of a tile.
 
-    Returns acc [warps, rows, D], its maximum m and sum l in base 2 [warps, rows].
+    Everything is transposed, keys by queries: of an MMA's sides, the queries' is the one that can be 8. Returns acc [warps, D,
+    queries], its maximum m and sum l in base 2 [warps, queries].
     """
     STAGES: gl.constexpr = full.shape[0]
     BLOCK_N: gl.constexpr = ring.shape[1]
@@ -215,74 +232,76 @@ def attend(
     PART: gl.constexpr = BLOCK_N // WARPS  # tokens of a tile that are a warp's
     FP8: gl.constexpr = ring.dtype.primitive_bitwidth == 8
     WIDTH: gl.constexpr = 4 if FP8 else 2  # neighbouring columns that a thread holds of Q and K: 32 bits of K
-    L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, ROWS_M, 8])
-    LQ: gl.constexpr = gl.DotOperandLayout(0, L, WIDTH)
-    LK: gl.constexpr = gl.DotOperandLayout(1, L, WIDTH)
-    LP: gl.constexpr = gl.DotOperandLayout(0, L, 2)
-    LV: gl.constexpr = gl.DotOperandLayout(1, L, 2)
+    L: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    LK: gl.constexpr = gl.DotOperandLayout(0, L, WIDTH)
+    LQ: gl.constexpr = gl.DotOperandLayout(1, L, WIDTH)
+    LV: gl.constexpr = gl.DotOperandLayout(0, L, 2)
+    LP: gl.constexpr = gl.DotOperandLayout(1, L, 2)
     values = ring  # of V
     if FP8:  # in pairs: what is transposed on its way to the registers has 16 bits
         PAIRS: gl.constexpr = gl.NVMMASharedLayout(ring.layout.swizzle_byte_width, element_bitwidth=16, rank=2)
         values = ring._reinterpret(gl.int16, [2 * STAGES, BLOCK_N, D // 2], PAIRS)
 
-    row = gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, LQ)))[None, :, None]
-    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LQ)))[None, None, :]
-    row = gl.zeros([WARPS, ROWS_M, D], gl.int32, LQ) + row
+    row = gl.arange(0, QUERIES, gl.SliceLayout(0, gl.SliceLayout(1, LQ)))[None, None, :]
+    column = gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(2, LQ)))[None, :, None]
+    row = gl.zeros([WARPS, D, QUERIES], gl.int32, LQ) + row
     q = gl.load(q_ptr + ((row // GROUP) * stride_qt + (row % GROUP) * stride_qh + column), mask=row < GROUP * Q_LEN, other=0.0)
     if FP8 and q.dtype == gl.bfloat16:
         q, q_scale = to_fp16(q)
         exponent /= q_scale
-    if D > 128:  # from there every tile takes it: q and acc together exceed the registers
+    WIDE: gl.constexpr = D * QUERIES > 2048  # then every tile takes q: it and acc together exceed the registers
+    if WIDE:
         Q_SHARED: gl.constexpr = gl.SwizzledSharedLayout(4 * WIDTH, 1, 16 // WIDTH, order=[2, 1, 0])
-        q_tile = gl.allocate_shared_memory(q.dtype, [WARPS, ROWS_M, D], Q_SHARED, q)
+        q_tile = gl.allocate_shared_memory(q.dtype, [WARPS, QUERIES, D], Q_SHARED).permute((0, 2, 1))
+        q_tile.store(q)
 
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-    key = gl.arange(0, PART, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :] + warp * PART
+    key = gl.arange(0, PART, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None] + warp * PART
     if Q_LEN > 1:  # bottom-right aligned: a query sees as many keys less as there are queries after it
-        key = key + (Q_LEN - 1 - gl.arange(0, ROWS_M, gl.SliceLayout(0, gl.SliceLayout(2, L))) // GROUP)[None, :, None]
+        key = key + (Q_LEN - 1 - gl.arange(0, QUERIES, gl.SliceLayout(0, gl.SliceLayout(1, L))) // GROUP)[None, None, :]
 
     g = gl.to_tensor(0)
-    m = gl.full([WARPS, ROWS_M], float("-inf"), gl.float32, gl.SliceLayout(2, L))
-    l = gl.zeros([WARPS, ROWS_M], gl.float32, gl.SliceLayout(2, L))
-    acc = gl.zeros([WARPS, ROWS_M, D], gl.float32, L)
+    m = gl.full([WARPS, QUERIES], float("-inf"), gl.float32, gl.SliceLayout(1, L))
+    l = gl.zeros([WARPS, QUERIES], gl.float32, gl.SliceLayout(1, L))
+    acc = gl.zeros([WARPS, D, QUERIES], gl.float32, L)
     for _ in range(tiles):
         stage = g % STAGES
         k_tile = ring.index(2 * stage)
         v_tile = values.index(2 * stage + 1)
         mbarrier.wait(full.index(stage), (g // STAGES) & 1)
-        if D > 128:
+        if WIDE:
             q = q_tile.load(LQ)
-        k = k_tile.reshape([WARPS, PART, D]).permute((0, 2, 1)).load(LK).to(q.dtype)
-        s = mma_v2(q, k, gl.zeros([WARPS, ROWS_M, PART], gl.float32, L))
-        s = gl.where(key < valid, s, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, 2) * exponent)
-        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
-        p = gl.exp2(s * exponent - shift[:, :, None])
-        alpha = gl.exp2(m - shift)
-        l = l * alpha + gl.sum(p, 2)
-        acc = acc * alpha[:, :, None]
-        m = m_new
         if valid < BLOCK_N:
             clear_tail(v_tile, valid)
-        v = v_tile.reshape([WARPS, PART, v_tile.shape[1]]).load(LV)
-        mbarrier.arrive(empty.index(stage), count=1)
+        k = k_tile.reshape([WARPS, PART, D]).load(LK).to(q.dtype)
+        s = mma_v2(k, q, gl.zeros([WARPS, PART, QUERIES], gl.float32, L))
+        v = v_tile.reshape([WARPS, PART, v_tile.shape[1]]).permute((0, 2, 1)).load(LV)
+        mbarrier.arrive(empty.index(stage), count=1)  # before what takes time
+        s = gl.where(key < valid, s, float("-inf"))
+        m_new = gl.maximum(m, gl.max(s, 1) * exponent)
+        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+        p = gl.exp2(s * exponent - shift[:, None, :])
+        alpha = gl.exp2(m - shift)
+        l = l * alpha + gl.sum(p, 1)
+        acc = acc * alpha[:, None, :]
+        m = m_new
         if FP8:  # the even columns, then the odd ones; so in acc
-            v = gl.join(*unpack(v, ring.dtype == gl.float8e5)).permute((0, 1, 3, 2)).reshape([WARPS, PART, D])
+            v = gl.join(*unpack(v, ring.dtype == gl.float8e5)).permute((0, 3, 1, 2)).reshape([WARPS, D, PART])
             v = gl.convert_layout(v, LV, assert_trivial=True)
-        acc = mma_v2(gl.convert_layout(p.to(q.dtype), LP), v, acc)
+        acc = mma_v2(v, as_operand(p.to(q.dtype), LP), acc)
         valid -= BLOCK_N
         g += 1
     if FP8:
-        acc = acc.reshape([WARPS, ROWS_M, 2, D // 2]).permute((0, 1, 3, 2)).reshape([WARPS, ROWS_M, D])
+        acc = acc.reshape([WARPS, 2, D // 2, QUERIES]).permute((0, 2, 1, 3)).reshape([WARPS, D, QUERIES])
     return acc, m, l
 
 
 @gluon.jit
 def merge(acc, m, l, meet, meet_ml, LO: gl.constexpr):
-    """The warps' states as one: o [rows, D] not yet divided by l, m and l [rows], in slices of the layout LO."""
+    """The warps' states as one: o [queries, D] not yet divided by l, m and l [queries], in slices of the layout LO."""
     ML: gl.constexpr = gl.SliceLayout(2, LO)  # a thread holds all warps' values of its rows
     R: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, LO))
-    meet.store(acc)
+    meet.permute((0, 2, 1)).store(acc)
     meet_ml.index(0).store(m)
     meet_ml.index(1).store(l)
     m = meet_ml.index(0).load(ML)
@@ -321,13 +340,15 @@ def consume(
         valid = kv_len - tile * BLOCK_N
         if HAS_K_SCALE:
             exponent *= gl.load(k_scale_ptr)
-        acc, m, l = attend(q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh, GROUP, Q_LEN, WARPS)
+        acc, m, l = attend(
+            q_ptr, exponent, ring, full, empty, tiles, valid, stride_qt, stride_qh, GROUP, Q_LEN, meet.shape[1], WARPS
+        )
         o, m, l = merge(acc, m, l, meet, meet_ml, LO)
         first_column = 0
         if CLUSTER > 1:
             first_column = item % CLUSTER * (D // CLUSTER)
             o, m, l = reduce_in_cluster(o, m, l, inbox, item % CLUSTER, ROWS, CLUSTER)
-        rows = gl.arange(0, ROWS_M, gl.SliceLayout(1, o.type.layout))
+        rows = gl.arange(0, o.shape[0], gl.SliceLayout(1, o.type.layout))
         columns = first_column + gl.arange(0, o.shape[1], gl.SliceLayout(0, o.type.layout))
         inside = rows < ROWS
         o = o / gl.where(l == 0.0, 1.0, l)[:, None]
@@ -383,8 +404,9 @@ def decode_split_hopper(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     # The ring is idle once the last tile has been read, so the warps' states meet in it.
-    meet = ring._reinterpret(gl.float32, [WARPS, ROWS_M, D], gl.SwizzledSharedLayout(4, 1, 8, order=[2, 1, 0]))
-    meet_ml = gl.allocate_shared_memory(gl.float32, [2, WARPS, ROWS_M], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+    QUERIES: gl.constexpr = 8 if GROUP * Q_LEN <= 8 else 16  # a side of the MMA tile
+    meet = ring._reinterpret(gl.float32, [WARPS, QUERIES, D], gl.SwizzledSharedLayout(4, 1, 8, order=[2, 1, 0]))
+    meet_ml = gl.allocate_shared_memory(gl.float32, [2, WARPS, QUERIES], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
     HAS_LSE: gl.constexpr = lse_ptr is not None
     if not HAS_LSE:
         lse_ptr = partial_lse_ptr  # a partition takes no None
@@ -394,8 +416,10 @@ def decode_split_hopper(
     HAS_V_SCALE: gl.constexpr = v_scale_ptr is not None
     if not HAS_V_SCALE:
         v_scale_ptr = partial_lse_ptr
-    # What comes next, stage 2 or another kernel, may take its place as soon as the last program of this stage has taken one.
-    gdc_launch_dependents()
+    # What comes next may take its place as soon as the last program of this stage has taken one. Stage 2 may only once they all
+    # have waited: it reads the page table, which what runs before this stage may have written, before it waits for this stage.
+    if CLUSTER > 1 or num_splits == 1:
+        gdc_launch_dependents()
     batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
     results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr)
     strides = (stride_qt, stride_qh, stride_ot, stride_oh)
