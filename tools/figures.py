@@ -192,7 +192,8 @@ def measured(step: str, results: Path = RESULTS) -> dict | None:
 
 
 MEASURED = {  # step -> its file, and the templates whose times it has; one that came after the run is in none of its hashes
-    "tune-decode": ("tuned-decode.json", ("decode", "decode_hopper")),
+    "tune-decode": ("tuned-decode.json", ("decode",)),
+    "tune-decode-hopper": ("tuned-decode.json", ("decode_hopper",)),  # its template was measured anew alone
     "tune-prefill": ("tuned-prefill.json", ("prefill", "prefill_hopper")),
     "referee-decode": ("referee-decode.json", ("decode", "decode_hopper")),
     "referee-prefill": ("referee-prefill.json", ("prefill_hopper",)),  # which serves all of its cases, and all mixes
