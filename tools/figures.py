@@ -217,9 +217,9 @@ def provenance_lines(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
-def mixed_table() -> str:
+def mixed_table(results: Path = RESULTS) -> str:
     """A mixed batch beside its parts run alone; nothing until that was measured."""
-    path = RESULTS / "mixed.json"
+    path = results / "mixed.json"
     if not path.exists():
         return ""
     document = json.loads(path.read_text())
@@ -255,15 +255,16 @@ def timeline_table() -> str:
 
 
 def reads_table() -> str:
-    """What stage 1 of a decode adds to reading the same pages."""
+    """What stage 1 of a decode adds to reading the same pages, part by part."""
     rows = json.loads((RESULTS / "decode-techniques.json").read_text())["reads"]
-    lines = [
-        "| case | MiB | plain read of the pages | ring without attention | stage 1 | both stages |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    parts = {
+        "contiguous": "contiguous read", "ring": "shuffled pages, a ring that only reads", "found": "shares found on the device",
+        "merged": "states merged and written", "whole": "attention",
+    }  # fmt: skip
+    lines = [f"| case | MiB | {' | '.join(parts.values())} |", "|---|--:" + "|--:" * len(parts) + "|"]
     for row in rows:
-        read = f"{row['read']:.1f}" if row["read"] else ""
-        lines.append(f"| {row['case']} | {row['mib']} | {read} | {row['ring']:.1f} | {row['stage1']:.1f} | {row['both']:.1f} |")
+        cells = [f"{row[part]:.1f}" if row[part] else "" for part in parts]
+        lines.append(f"| {row['case']} | {row['mib']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -291,7 +292,8 @@ def other_gpus() -> str:
         recorded = landscape.load(results / "landscape.json.gz")
         races = [race_table(*race) for race in (("decode", results), ("prefill", results), ("prefill", results, "turns"))]
         parts = [f"## {recorded.environment.gpu}", *races]
-        sections += [part for part in (*parts, transfer_table(results, recorded), provenance_lines(results)) if part]
+        parts += [mixed_table(results), transfer_table(results, recorded), provenance_lines(results)]
+        sections += [part for part in parts if part]
     return "\n\n".join(sections)
 
 

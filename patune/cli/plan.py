@@ -12,6 +12,7 @@ from ..tuner.workloads import TARGETS, standard_workloads
 from ..workload import Key, Workload
 
 KERNELS = tuple(OF_KERNEL)
+FAMILY = {name: kernel for kernel, names in OF_KERNEL.items() for name in names}  # the kernel of a template
 
 Plan = dict[Key, list[Workload]]
 
@@ -32,7 +33,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    kernels: tuple[str, ...]
+    kernels: tuple[str, ...]  # KERNELS, each with all its templates; or one template
     shape: Shape | None  # None: the standard ones
     sizes: Sizes | None  # None: the standard ones
     dtype: str
@@ -40,20 +41,25 @@ class Request:
 
     def measured(self, gpu: Environment) -> Plan:
         """Everything that was asked for. Shapes that differ in their number of KV heads alone share a key."""
-        if self.kernels[0] not in KERNELS and self.shape is None and self.sizes is None:
+        outside = self.kernels[0] not in FAMILY
+        if outside and self.shape is None and self.sizes is None:
             return self._own_targets(gpu)
-        if self.kernels[0] not in KERNELS and (self.shape is None or self.sizes is None):
+        if outside and (self.shape is None or self.sizes is None):
             missing = "--head-dim, --q-heads, --kv-heads" if self.shape is None else "--batch-size, --kv-len"
             raise UsageError(f"{missing}: missing, a kernel outside patune needs both the shape and one workload, or neither")
-        targets = TARGETS if self.shape is None else [(kernel, self.shape) for kernel in self.kernels]
+        kernels = [FAMILY.get(name, name) for name in self.kernels]
+        targets = TARGETS if self.shape is None else [(kernel, self.shape) for kernel in kernels]
         plan: Plan = {}
         for kernel, shape in targets:
-            if kernel in self.kernels:
+            if kernel in kernels:
                 rows = shape.q_heads // shape.kv_heads * ((self.sizes and self.sizes.q_len) or 1)
                 types = self.dtype, self.kv_dtype or shape.kv_dtype or self.dtype
                 for name in candidates(kernel, gpu.capability, shape.head_dim, shape.page_size, rows, *types):
-                    workloads = plan.setdefault(self._key(name, shape, gpu), [])
-                    workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
+                    if kernel in self.kernels or name in self.kernels:
+                        workloads = plan.setdefault(self._key(name, shape, gpu), [])
+                        workloads += [w for w in self._workloads(kernel, shape.kv_heads) if w not in workloads]
+        if not plan:
+            raise UsageError(f"--kernel: {self.kernels[0]} does not take this shape on {gpu.gpu}, use --kernel {kernels[0]}")
         return plan
 
     def replayed(self, landscape: Landscape) -> tuple[Plan, list[Key]]:

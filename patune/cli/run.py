@@ -14,7 +14,7 @@ from ..errors import UsageError
 from . import source
 from .options import AT_LEAST_1, GPU_OR_AUTO, Count, Duration, Kernel, as_json, database
 from .outcome import Tally, by_key, times, times_line
-from .plan import KERNELS, Plan, Request, shape_of, sizes_of
+from .plan import FAMILY, KERNELS, Plan, Request, shape_of, sizes_of
 from .verbose import logged
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--gpu", type=GPU_OR_AUTO, required=True, help="The GPU to tune for; auto: the one here.")
 @click.option(
     "--kernel", type=Kernel(), default="all", show_default=True, metavar="NAME",
-    help="decode, prefill, append, all, or a template of yours: file.py:TEMPLATE.",
+    help="decode, prefill, append, all, one template (decode_hopper), or one of yours: file.py:TEMPLATE.",
 )  # fmt: skip
 @click.option("--model", metavar="NAME", help="Take the shape of a model such as llama-3.1-8b.")
 @click.option("--head-dim", type=AT_LEAST_1, help="The shape, without --model: with --q-heads and --kv-heads.")
@@ -65,7 +65,7 @@ def command(
     request = Request(
         KERNELS if kernel == "all" else (kernel,),
         shape_of(model, head_dim=head_dim, page_size=page_size, q_heads=q_heads, kv_heads=kv_heads),
-        sizes_of(None if kernel == "all" else kernel, batch_size, kv_len, q_len, ragged),
+        sizes_of(None if kernel == "all" else FAMILY.get(kernel, kernel), batch_size, kv_len, q_len, ragged),
         dtype,
         kv_dtype,
     )

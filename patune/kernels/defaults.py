@@ -37,8 +37,8 @@ def default_config(query: dict) -> dict:
         tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
         return {**tiles, "num_splits": prefill_splits(query, rows)}
     if query["kernel"] == "decode_hopper":
-        # A program an SM, clusters where they leave a third of the SMs busy: 1.3% (d64), 1.5% (d128), 0.2% (d256) and, with an fp8
-        # cache, 2.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.
+        # A program an SM, clusters where they leave a third of the SMs busy: 1.6% (d64), 1.4% (d128), 0.4% (d256) and, with an fp8
+        # cache, 1.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.
         row_bytes = query["head_dim"] * (1 if "float8" in query["kv_dtype"] else 2)
         tile, sms = 64 if row_bytes > 256 else 128, query["sm_count"] or 132
         heads = (query["batch_size"] or 1) * (query["kv_heads"] or 8)
@@ -139,8 +139,8 @@ def adapt(entry: dict, query: dict) -> dict:
 
     Where a neighbour needs no stage 2, its sequences being a cluster or a program each, programs are not what it has in common with
     other numbers of KV heads: there and on other GPUs the default's rule decides. Left out in turn, decodes of an H100's and of an
-    H200's landscape took 0.9% and 1.9% more than the best in the geometric mean, at most 12% and 17%; with as many programs 1.9%
-    and 3.3%, 18% and 22%.
+    H200's landscape took 1.1% and 1.8% more than the best in the geometric mean, at most 20% and 17%; with as many programs 2.1%
+    and 3.1%, 21% and 23%.
     """
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
@@ -179,8 +179,8 @@ def answer(query: dict, entry: dict | None, source: str, default: dict) -> tuple
 def without_cluster(config: dict, sm_count: int, query: dict) -> dict:
     """The config with stage 2 in the place of clusters: a program an SM, where clusters may have left half of the SMs idle.
 
-    On the 19 batches of an H100's landscape whose best config has clusters: 1.2% behind the best without in the geometric mean,
-    7% at most.
+    On the 20 batches of an H100's landscape whose best config has clusters: 0.3% behind the best without in the geometric mean,
+    2% at most; on the 18 of an H200's 1.0% and 6%.
     """
     return {**config, "cluster": 1, "num_splits": fit_splits(sm_count, query, tokens=config["BLOCK_N"])}
 

@@ -1,6 +1,9 @@
 from dataclasses import replace
 
+import pytest
+
 from patune.cli.plan import KERNELS, Request, Sizes, shape_of
+from patune.errors import UsageError
 from patune.models import Shape
 from patune.tuner.workloads import TARGETS, standard_workloads
 from patune.workload import Workload
@@ -62,3 +65,15 @@ def test_the_kernels_for_hopper_are_tuned_with_the_plain_ones_and_only_where_the
     assert {key.kernel for key in plan(("prefill",), fp8)} == {"prefill"}
     assert {key.kernel for key in plan(("decode",), Shape(32, 1, 128, 16))} == {"decode"}
     assert {key.kernel for key in plan(("decode",), Shape(32, 8, 128), Sizes(4, 512, 5, False))} == {"decode"}
+
+
+def test_one_template_of_a_kernel_is_tuned_alone_with_the_kernel_s_targets():
+    """And one that cannot run there is refused, with its kernel as the way out. "prefill" is the kernel, with both of its."""
+    for kernel in ("decode", "prefill"):
+        both, alone = plan((kernel,)), plan((f"{kernel}_hopper",))
+        assert alone == {key: workloads for key, workloads in both.items() if key.kernel == f"{kernel}_hopper"}
+        assert len(alone) > 1
+        with pytest.raises(UsageError, match=f"--kernel: {kernel}_hopper .* use --kernel {kernel}"):
+            plan((f"{kernel}_hopper",), Shape(8, 8, 80, 16))
+    (key,) = plan(("prefill_hopper",), Shape(32, 8, 128), Sizes(4, 512, None, False))
+    assert plan(("prefill_hopper",), Shape(32, 8, 128), Sizes(4, 512, None, False))[key] == [Workload(4, 512, 512, 8)]
