@@ -50,7 +50,10 @@ def serves(capability: str | None, q, cache: PagedCache, out, *, q_len=1, window
 
 
 def is_wide(rows: int, head_dim: int) -> bool:
-    """Whether queries and accumulators, of 8 rows or of 16, exceed the registers that a thread has in one of two programs an SM."""
+    """Whether queries and accumulators, padded to 8 rows or to 16, exceed what registers a thread has in one of two programs an SM.
+
+    The kernel then takes the queries from shared memory anew for every tile.
+    """
     return (8 if rows <= 8 else 16) * head_dim > 2048
 
 
@@ -99,7 +102,7 @@ def invalid(config: Values, key: Key, workload: Workload) -> str | None:
     """Why a point need not run: it cannot fit, or another point does the same with less."""
     block_n, stages, cluster = config["BLOCK_N"], config["num_stages"], config["cluster"]
     rows, itemsize = key.q_heads_per_kv * workload.q_len, 1 if key.kv_dtype in FP8 else 2
-    if rows > jit.MAX_ROWS.value:
+    if rows > 16:
         return "more than 16 queries a KV head"
     if block_n > 128 and itemsize > 1:
         return "a tile of more than 128 tokens is for fp8"

@@ -18,7 +18,6 @@ from .cluster_jit import enter, reduce_in_cluster, reserve_inbox
 from .decode import own_share_size
 
 LOG2E = gl.constexpr(1.4426950408889634)  # the kernel works in base 2: exp2 is one instruction, exp is two
-MAX_ROWS = gl.constexpr(16)  # queries of a group that the kernel takes
 
 
 # ---- which share is this program's
