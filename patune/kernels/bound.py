@@ -62,7 +62,7 @@ class Call(NamedTuple):
     build: Callable[..., list[Launch]]
     tensors: tuple[torch.Tensor | None, ...]
     advice: int | None = None  # index of a tensor whose length decides the config and nothing else
-    config: tuple = ()  # hashable
+    config: tuple[tuple[str, Any], ...] = ()  # the template and its tunables, hashable
     bindable: bool = True  # whether `build` does nothing on the device but allocate
 
 

@@ -101,7 +101,7 @@ def decode_call(
         )
 
     tensors = (q, kv_cache, v_cache, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=3, config=(template, *values.items()))
+    return Call(build, tensors, advice=3, config=(("template", template), *values.items()))
 
 
 def prefill_call(
@@ -141,7 +141,7 @@ def prefill_call(
         )
 
     tensors = (q, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, sinks, k_scale, v_scale, out, lse)
-    return Call(build, tensors, advice=4, config=(template, *values.items(), ("programs", programs)))
+    return Call(build, tensors, advice=4, config=(("template", template), *values.items(), ("programs", programs)))
 
 
 def append_call(

@@ -55,16 +55,16 @@ def mixed_call(
     # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
     # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
     # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
-    of_decoded = () if decoded is None else decoded.config
-    beside = "decode_hopper" in of_decoded
-    anywhere = ("cluster", 1) in of_decoded  # a cluster needs free SMs that are neighbours
+    of_decoded = {} if decoded is None else dict(decoded.config)
+    beside = of_decoded.get("template") == "decode_hopper"
+    anywhere = of_decoded.get("cluster") == 1  # a cluster needs free SMs that are neighbours
     prefilled = prefill_call(
         q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True, *options, None,
         kv_len=of_prefill, decode_tokens=num_decode * of_decode if anywhere else 0,
     )  # fmt: skip
     calls = appended, prefilled, decoded
     # Whoever goes first takes what SMs it can, so that is the prefill where it leaves the decode some.
-    yields = prefilled is not None and ("programs", None) not in prefilled.config
+    yields = prefilled is not None and dict(prefilled.config)["programs"] is not None
 
     def build(
         q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
