@@ -8,7 +8,7 @@ import torch
 import triton.backends.nvidia.driver as nvidia
 from triton.runtime import driver
 
-from patune.kernels import checks, device, streams
+from patune.kernels import checks, device
 from patune.tuner.compile import _NoGpu
 
 made: list[tuple] = []  # what the C function was called with, launch by launch
@@ -49,18 +49,12 @@ class StandIn(_NoGpu):
         return torch.empty(0).get_device()
 
 
-def _fork() -> SimpleNamespace:
-    made.append(("fork",))
-    return SimpleNamespace(cuda_stream=0)
-
-
 def install() -> None:
     """Make this process launch through the stand-in. It must not have TRITON_INTERPRET set."""
     nvidia.compile_module_from_src = lambda **kw: SimpleNamespace(launch=_launch)  # Triton 3.6 builds a launcher a signature
     nvidia.library_dirs = list
     nvidia.PyKernelArg = SimpleNamespace  # Triton 3.7 has one launcher, and describes the arguments to it
     driver.set_active(StandIn())
-    streams.fork, streams.join = _fork, lambda second: made.append(("join",))
     checks.INTERPRETED = True  # CPU tensors are let in
     device.INTERPRETED = device.Device("NVIDIA H100 80GB HBM3", 132, "9.0")
 

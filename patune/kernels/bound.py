@@ -32,7 +32,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from ..cachedb import lookup
-from . import streams
 from .checks import INTERPRETED, values_are_checked
 from .config import Config
 from .sizes import ceil_div
@@ -169,10 +168,10 @@ def _bind(call: Call, launched: list[Launch], kernels: list[CompiledKernel]) -> 
             elif not isinstance(value, IMMUTABLE):
                 return None  # it may hold a tensor
             arguments.append(value)
-        entry = _entry(kernel, ran.grid, arguments, _Later("aside" if ran.aside else "stream"))
+        entry = _entry(kernel, ran.grid, arguments, _Later("stream"))
         if entry is None:
             return None
-        entries.append((*entry, ran.aside))
+        entries.append(entry)
     like = next(x for x in call.tensors if x is not None)
     launch_all = _write(entries, scratch + (scratch_bytes > 0))
     return Bound(like.get_device(), like.new_empty(0, dtype=torch.uint8), scratch_bytes, launch_all)
@@ -282,12 +281,12 @@ def _expanded(descriptor: TensorDescriptor, expand: Callable[[Any, Any], list], 
     return _Later(descriptor.base.source, at)
 
 
-def _write(entries: list[tuple[Callable[..., None], tuple, bool]], pointers: int) -> Callable[[list[int], int], None]:
+def _write(entries: list[tuple[Callable[..., None], tuple]], pointers: int) -> Callable[[list[int], int], None]:
     """The launches as one function, written out like the binder of Triton's JIT: a loop over arguments takes twice as long.
 
-    entries: a C function, its arguments, and whether it launches aside; pointers: how many the function written is given.
+    entries: C functions and their arguments; pointers: how many the function written is given.
     """
-    constants: dict[str, Any] = {"fork": streams.fork, "join": streams.join}
+    constants: dict[str, Any] = {}
 
     def constant(value: Any) -> str:
         name = f"constant_{len(constants)}"
@@ -307,11 +306,7 @@ def _write(entries: list[tuple[Callable[..., None], tuple, bool]], pointers: int
         return ", ".join(parts)
 
     given = [f"    {''.join(f'pointer_{i}, ' for i in range(pointers))} = pointers"]
-    lines = [f"    {text(function)}({listed(arguments)})" for function, arguments, _ in entries]
-    first = next((i for i, (*_, aside) in enumerate(entries) if aside), None)
-    if first is not None:
-        begin, end = ["    second = fork()", "    aside = second.cuda_stream", "    try:"], ["    finally:", "        join(second)"]
-        lines = [*lines[:first], *begin, *(f"    {line}" for line in lines[first:]), *end]
+    lines = [f"    {text(function)}({listed(arguments)})" for function, arguments in entries]
     exec(_compiled("\n".join(["def launch(pointers, stream):", *given, *lines, "    return"])), constants)
     return constants["launch"]
 

@@ -27,7 +27,7 @@ TUNABLES = {
     "num_splits": SPLITS,  # mean shares a sequence
 }
 JIT_FUNCTIONS = (
-    *decode.JIT_FUNCTIONS, *cluster_jit.JIT_FUNCTIONS, jit.add, jit.pick, jit.place, jit.own_share, jit.find_share,
+    *decode.JIT_FUNCTIONS, *cluster_jit.JIT_FUNCTIONS, jit.add, jit.pick, jit.place, jit.own_share, jit.find_share, jit.begin,
     jit.page_ids, jit.produce, jit.to_fp16, jit.unpack, jit.clear_tail, jit.as_operand, jit.attend, jit.merge, jit.consume,
     jit.idle, jit.decode_split_hopper,
 )  # fmt: skip
@@ -91,7 +91,7 @@ def launches(
     rows = q.shape[1] // cache.kv_heads * q_len
     programs = programs_an_sm(block_n, stages, cache.head_dim, cache.k.element_size(), rows, cluster)
     split = Launch(jit.decode_split_hopper, plain.grid, dict(
-        {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n), num_splits=config["num_splits"],
+        {name: plain.args[name] for name in _SHARED}, **pool_arguments(cache, block_n), num_splits=config["num_splits"], beside=0,
         STAGES=stages, PRODUCER_REGISTERS=PRODUCER_REGISTERS, CLUSTER=cluster,
         num_warps=4, maxnreg=REGISTERS[programs], launch_pdl=True,
     ), cluster)  # fmt: skip

@@ -103,6 +103,16 @@ def find_share(batch, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_B: g
     return first_page, kv_len, tile, tiles, b, kv_len <= share, found & ((tiles > 0) | (item == first_item))
 
 
+# ---- when to begin
+
+
+@gluon.jit
+def begin(beside):
+    """Wait for what ran before. Beside the kernel before it this one need not: that one has waited for the rest."""
+    if beside == 0:
+        gdc_wait()
+
+
 # ---- the producer
 
 
@@ -116,7 +126,7 @@ def page_ids(kv_indices_ptr, first_page, kv_len, first_box, PAGE_SIZE: gl.conste
 
 @gluon.jit
 def produce(
-    k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
+    k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, beside, ring, full, empty,
     PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: every tile of this program's share into the ring."""
@@ -126,10 +136,8 @@ def produce(
     BOXES: gl.constexpr = BLOCK_N // BOX  # a tile
     AHEAD: gl.constexpr = 32 // BOXES  # tiles whose page ids one load brings
     enter(CLUSTER)
-    gdc_wait()
-    num_splits = batch[3]
-    if CLUSTER == 1 and num_splits > 1:
-        gdc_launch_dependents()
+    begin(beside)
+    gdc_launch_dependents()
     first_page, kv_len, tile, tiles, _, _, _ = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, CLUSTER)
     k_page_rows, k_head_rows, k_head_columns = k_strides
     v_page_rows, v_head_rows, v_head_columns = v_strides
@@ -313,7 +321,7 @@ def merge(acc, m, l, meet, meet_ml, LO: gl.constexpr):
 
 @gluon.jit
 def consume(
-    q_ptr, results, batch, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
+    q_ptr, results, batch, beside, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
     GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_B: gl.constexpr, CLUSTER: gl.constexpr,
     HAS_LSE: gl.constexpr, HAS_K_SCALE: gl.constexpr, HAS_V_SCALE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -329,7 +337,7 @@ def consume(
         [WARPS, 1, 4], [1, 128 // D if D < 128 else 1, D // 4 if D < 128 else 32], [1, WARPS, 1], [2, 1, 0]
     )
     enter(CLUSTER)
-    gdc_wait()
+    begin(beside)
     _, kv_len, tile, tiles, b, alone, found = find_share(batch, PAGE_SIZE, BLOCK_N, BLOCK_B, CLUSTER)
     if CLUSTER > 1 or found:
         head, kv_heads, item = place(CLUSTER)
@@ -371,19 +379,26 @@ def consume(
 
 @gluon.jit
 def idle(CLUSTER: gl.constexpr):
-    """A warp that is there only because registers are dealt out to four warps at a time, and that its cluster waits for."""
+    """A warp that is there only because registers are dealt out to four warps at a time, and that its cluster waits for.
+
+    In the programs that are launched last it waits for what this kernel runs beside, so that who waits for this kernel waits for
+    both.
+    """
     enter(CLUSTER)
+    if gl.program_id(1) == gl.num_programs(1) - 1:  # not the very last one alone: head_dim 256 with 16 queries would spill more
+        gdc_wait()
 
 
 @gluon.jit(
     do_not_specialize=[
-        "batch_size", "num_splits", "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
+        "batch_size", "num_splits", "beside",
+        "k_page_rows", "k_head_rows", "k_head_columns", "v_page_rows", "v_head_rows", "v_head_columns",
     ],
     do_not_specialize_on_alignment=["kv_indices_ptr", "kv_indptr_ptr", "kv_last_page_len_ptr"],
 )  # fmt: skip
 def decode_split_hopper(
     q_ptr, k_desc, v_desc, kv_indices_ptr, kv_indptr_ptr, kv_last_page_len_ptr, k_scale_ptr, v_scale_ptr,
-    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sm_scale, v_scale, batch_size, num_splits,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, sm_scale, v_scale, batch_size, num_splits, beside,
     k_page_rows, k_head_rows, k_head_columns, v_page_rows, v_head_rows, v_head_columns,
     stride_qt, stride_qh, stride_ot, stride_oh,
     GROUP: gl.constexpr, Q_LEN: gl.constexpr, PAGE_SIZE: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
@@ -415,10 +430,6 @@ def decode_split_hopper(
     HAS_V_SCALE: gl.constexpr = v_scale_ptr is not None
     if not HAS_V_SCALE:
         v_scale_ptr = partial_lse_ptr
-    # What comes next may take its place as soon as the last program of this stage has taken one. Stage 2 may only once they all
-    # have waited: it reads the page table, which what runs before this stage may have written, before it waits for this stage.
-    if CLUSTER > 1 or num_splits == 1:
-        gdc_launch_dependents()
     batch = (kv_indptr_ptr, kv_last_page_len_ptr, batch_size, num_splits)
     results = (out_ptr, lse_ptr, partial_ptr, partial_lse_ptr)
     strides = (stride_qt, stride_qh, stride_ot, stride_oh)
@@ -428,9 +439,9 @@ def decode_split_hopper(
     exponent = sm_scale * LOG2E
     gl.warp_specialize(
         [
-            (consume, (q_ptr, results, batch, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
+            (consume, (q_ptr, results, batch, beside, strides, exponent, v_scale, scales, ring, full, empty, meet, meet_ml, inbox,
                        GROUP, Q_LEN, PAGE_SIZE, BLOCK_B, CLUSTER, HAS_LSE, HAS_K_SCALE, HAS_V_SCALE, WARPS)),
-            (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, ring, full, empty,
+            (produce, (k_desc, v_desc, k_strides, v_strides, kv_indices_ptr, batch, beside, ring, full, empty,
                        PAGE_SIZE, BLOCK_B, CLUSTER)),
             (idle, (CLUSTER,)),
             (idle, (CLUSTER,)),

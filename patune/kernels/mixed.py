@@ -6,6 +6,8 @@ from torch import Tensor
 
 from .bound import Call
 from .calls import append_call, decode_call, prefill_call
+from .decode_hopper_jit import decode_split_hopper
+from .prefill_hopper_jit import prefill_attention_hopper
 from .template import Launch
 
 
@@ -21,6 +23,21 @@ def parts_kv_len(tokens: int, new_tokens: int, num_prefill: int, num_decode: int
     bound = max_kv_len if max_kv_len is not None else tokens // (num_prefill + num_decode)
     decode = max(1, min(bound, (tokens - num_prefill * prompt) // num_decode))
     return max(prompt, (tokens - num_decode * decode) // max(1, num_prefill)), decode
+
+
+def in_order(append: list[Launch], prefill: list[Launch], decode: list[Launch]) -> list[Launch]:
+    """The launches of a step's parts. All are programmatic: a kernel's programs take places as those of the one before leave them.
+
+    Where both have a kernel for Hopper, the decode is launched when every program of the prefill has seen the append end, and runs
+    beside it: on the SMs that the prefill does not take, and that its programs, which end far apart, leave. It waits for the
+    prefill before it ends, so that who waits for the decode waits for both.
+
+    Several programs of the plain decode would pile up on the SMs that are free first, which cost 28 of 383 us behind a prompt of
+    512 on an H100: it goes before the prefill, whose programs fill an SM.
+    """
+    if any(launch.fn is prefill_attention_hopper for launch in prefill) and decode and decode[0].fn is decode_split_hopper:
+        return [*append, *prefill, replace(decode[0], args=decode[0].args | {"beside": 1}), *decode[1:]]
+    return [*append, *decode, *prefill]
 
 
 def mixed_call(
@@ -52,19 +69,12 @@ def mixed_call(
         q[n:end], kv_cache, v_cache, *decodes(*pages), out[n:end], None, scale, kv_layout, 1, max_kv_len, None, *options, False,
         None, kv_len=of_decode,
     )  # fmt: skip
-    # A prefill's programs end far apart. Those of decode_hopper, of which one or two fill an SM, begin wherever one has ended.
-    # Several an SM, of the template "decode", would pile up on the SMs that are free first, which cost 28 of 383 us behind a
-    # prompt of 512 on an H100: so it goes before the prefill, whose programs fill an SM, too.
-    of_decoded = {} if decoded is None else dict(decoded.config)
-    beside = of_decoded.get("template") == "decode_hopper"
-    anywhere = of_decoded.get("cluster") == 1  # a cluster needs free SMs that are neighbours
+    anywhere = decoded is not None and dict(decoded.config).get("cluster") == 1  # a cluster needs free SMs that are neighbours
     prefilled = prefill_call(
         q[:n], kv_cache, v_cache, *prompts(qo_indptr, *pages), out[:n], None, scale, kv_layout, max_q_len, True, *options, None,
         kv_len=of_prefill, decode_tokens=num_decode * of_decode if anywhere else 0,
     )  # fmt: skip
     calls = appended, prefilled, decoded
-    # Whoever goes first takes what SMs it can, so that is the prefill where it leaves the decode some.
-    yields = prefilled is not None and dict(prefilled.config)["programs"] is not None
 
     def build(
         q, k, v, kv_cache, v_cache, qo_indptr, kv_indices, kv_indptr, kv_last_page_len, batch_indices, positions, sinks, k_scale,
@@ -76,11 +86,7 @@ def mixed_call(
             (q[:n], *kv, *prompts(qo_indptr, *pages), *extras, out[:n], None),
             (q[n:end], *kv, *decodes(*pages), *extras, out[n:end], None),
         )
-        append, prefill, decode = ([] if call is None else call.build(*its) for call, its in zip(calls, theirs))
-        if not (beside and prefill):
-            return [*append, *decode, *prefill]
-        first, second = (prefill, decode) if yields else (decode, prefill)
-        return [*append, *(replace(launch, aside=True) for launch in first), *second]
+        return in_order(*([] if call is None else call.build(*its) for call, its in zip(calls, theirs)))
 
     tensors = (q, k, v, kv_cache, v_cache, qo_indptr, *pages, batch_indices, positions, sinks, k_scale, v_scale, out)
     config = tuple(value for call in calls if call for value in call.config)

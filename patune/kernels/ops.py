@@ -8,7 +8,6 @@ from contextlib import nullcontext
 
 import torch
 
-from . import streams
 from .bound import Call, remember
 from .calls import append_call, decode_call, prefill_call
 from .mixed import mixed_call
@@ -21,21 +20,10 @@ _OPTIONS = "int? window, float? soft_cap, Tensor? sinks, Tensor? k_scale, Tensor
 
 
 def run(launches: list[Launch], tensor: torch.Tensor) -> list:
-    """Launch on the tensor's own device, on that device's current stream, those aside on its second one. Returns the compiled
-    kernels."""
+    """Launch on the tensor's own device, on that device's current stream. Returns the compiled kernels."""
     here = not tensor.is_cuda or tensor.device.index == torch.cuda.current_device()
     with nullcontext() if here else torch.cuda.device(tensor.device):
-        kernels, second = [], None
-        try:
-            for launch in launches:
-                if launch.aside and second is None:
-                    second = streams.fork()
-                with torch.cuda.stream(second) if launch.aside else nullcontext():
-                    kernels.append(launch.run())
-        finally:
-            if second is not None:
-                streams.join(second)
-        return kernels
+        return [launch.run() for launch in launches]
 
 
 def _make(call: Call | None, tensor: torch.Tensor) -> None:

@@ -25,8 +25,8 @@ def prefill_join(
     splits = tl.arange(0, BLOCK_S)
     columns = tl.arange(0, HEAD_DIM)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     tail_ptr = tails_ptr + 4 + item * 4
     tails = tl.load(tails_ptr)  # all at once: of an item beyond the last one they are any numbers, and unused
     parts = tl.load(tails_ptr + 1)

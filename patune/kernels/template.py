@@ -21,7 +21,6 @@ class Launch:
     grid: tuple[int, ...]
     args: dict[str, Any]  # every kernel argument by name, constexprs, num_warps and num_stages included
     cluster: int = 1  # programs along x that are launched together and reach each other's shared memory; the grid counts clusters
-    aside: bool = False  # on a second stream, behind what comes before the first such launch; those after it do not wait for it
 
     def run(self):
         """Returns the compiled kernel; None in the interpreter, which has none."""

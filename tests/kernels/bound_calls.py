@@ -242,19 +242,37 @@ def test_a_bound_call_has_the_grid_and_the_scratch_of_its_gpu(monkeypatch, num_s
     assert sum(x.nbytes for x in scratch.values()) <= only.scratch_bytes <= sum(x.nbytes + 127 for x in scratch.values())
 
 
-@pytest.mark.parametrize(
-    ("step", "first"),
-    [("mixed", "decode"), ("mixed, several waves", "prefill"), ("mixed, prompts alone", ""), ("mixed, decodes alone", "")],
-)
-def test_a_mixed_step_s_prefill_and_decode_run_beside_each_other(step, first):
-    """One of them forks off behind the append, and the step ends with what joins it again; of one alone, nothing forks."""
-    arguments = VARIATIONS[step]()
-    for found in (unbound(arguments), launched(arguments), launched(arguments)):
-        places = [i for i, made in enumerate(found) if made in (["fork"], ["join"])]
-        assert places == ([1, len(found) - 1] if first else [])
-        if first:
-            assert (99 <= found[2][0] < 132) == (first == "prefill"), "it leaves some of the 132 SMs"
-    assert is_bound(arguments)
+def built(monkeypatch, arguments: dict) -> list:
+    """The launches that a call which nothing is bound to makes of its arguments."""
+    bound.forget()
+    made, remember = [], bound.remember
+    monkeypatch.setattr(ops, "remember", lambda call, launches, kernels: made.extend(launches) or remember(call, launches, kernels))
+    call(arguments)
+    return made
+
+
+@pytest.mark.parametrize("step", ["mixed", "mixed, several waves"])
+def test_a_mixed_step_s_decode_runs_beside_its_prefill(monkeypatch, step):
+    """It follows what waited for the append, and it alone does not wait at its beginning."""
+    launches = built(monkeypatch, VARIATIONS[step]())
+    names = [launch.fn.__name__ for launch in launches]
+    assert [x for x in names if x not in ("clear_counter", "prefill_join", "decode_reduce")] == [
+        "append_kv", "prefill_attention_hopper", "decode_split_hopper",
+    ]  # fmt: skip
+    assert [name for name, launch in zip(names, launches) if launch.args.get("beside")] == ["decode_split_hopper"]
+    assert set(names[names.index("prefill_attention_hopper") + 1 : names.index("decode_split_hopper")]) <= {"prefill_join"}
+    (programs,) = launches[names.index("prefill_attention_hopper")].grid
+    assert step == "mixed" or 99 <= programs < 132, "it leaves some of the 132 SMs"
+
+
+@pytest.mark.parametrize("step", ["mixed, prompts alone", "mixed, decodes alone", "mixed, options"])
+def test_a_mixed_step_without_two_kernels_that_can_runs_nothing_beside_another(monkeypatch, step):
+    """The plain decode goes before the prefill."""
+    launches = built(monkeypatch, VARIATIONS[step]())
+    names = [launch.fn.__name__ for launch in launches]
+    assert not any(launch.args.get("beside") for launch in launches)
+    if step == "mixed, options":
+        assert names[0] == "append_kv" and names.index("decode_split") < names.index("prefill_attention")
 
 
 def test_a_mixed_step_with_padding_is_not_bound():

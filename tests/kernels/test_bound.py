@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,18 +108,6 @@ def test_building_the_launches_of_a_mixed_step_allocates_and_takes_views_only(ca
     )  # fmt: skip
     with OnlyScratchAndViews():
         assert call.build(*call.tensors)
-
-
-def test_the_second_stream_of_a_bound_call_joins_again_where_a_launch_fails(monkeypatch):
-    """As that of an unbound one does."""
-    seen: list = []
-    monkeypatch.setattr(bound.streams, "fork", lambda: seen.append("fork") or SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(bound.streams, "join", lambda second: seen.append("join"))
-    here, aside = bound._Later("stream"), bound._Later("aside")
-    launch = bound._write([(seen.append, (here,), False), (seen.append, (aside,), True), (seen.pop, ("no index",), False)], 1)
-    with pytest.raises(TypeError):
-        launch([0], 3)
-    assert seen == [3, "fork", 7, "join"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")

@@ -74,7 +74,7 @@ def test_a_launch_runs_on_the_tensors_device_and_that_devices_current_stream(two
 
     monkeypatch.setattr(torch.cuda, "device", Switch)
     seen = []
-    launch = SimpleNamespace(run=lambda: seen.append(current[-1]), aside=False)
+    launch = SimpleNamespace(run=lambda: seen.append(current[-1]))
     ops.run([launch, launch], on(1))
     ops.run([launch], on(0))
     assert seen == [1, 1, 0] and current == [0]

@@ -1,7 +1,5 @@
 """paged_attention_with_cache: append, prefill rows and decode rows of a mixed batch in one operator that mutates only the cache."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -213,25 +211,6 @@ def test_a_max_kv_len_is_advice_only():
     """max_kv_len, however wrong, changes the choice of a config and never the result."""
     for max_kv_len in (1, 50, 10**6):
         check_step(Step(Case((5, 1, 1), (20, 49, 1)), 1), max_kv_len=max_kv_len)
-
-
-def test_the_second_stream_joins_again_where_a_launch_fails(monkeypatch):
-    """What was sent off aside still uses memory that the current stream is about to have back."""
-    seen = []
-    monkeypatch.setattr(ops.streams, "fork", lambda: seen.append("fork") or "second")
-    monkeypatch.setattr(ops.streams, "join", lambda second: seen.append(f"join {second}"))
-
-    def launch(name: str, aside: bool):
-        def run():
-            seen.append(name)
-            if name == "fails":
-                raise RuntimeError(name)
-
-        return SimpleNamespace(run=run, aside=aside)
-
-    with pytest.raises(RuntimeError, match="fails"):
-        ops.run([launch("append", False), launch("decode", True), launch("fails", True), launch("prefill", False)], torch.empty(0))
-    assert seen == ["append", "fork", "decode", "fails", "join second"]
 
 
 def test_an_empty_step_gives_an_empty_output():
