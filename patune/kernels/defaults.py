@@ -22,9 +22,9 @@ def default_config(query: dict) -> dict:
         # token by one warp a program takes 2.2 and 2.4 times as long as the best.
         return {"BLOCK_T": max(1, min(32, 1024 >> (query["head_dim"] - 1).bit_length())), "num_warps": 4}
     if query["kernel"] == "prefill_hopper":
-        # Behind the best of an H100's landscape, geometric mean: 2.8% (d64), 2.5% and 2.0% (d128, pages of 16 and 64), 0.8%
-        # (d256). Items of a ragged batch are taken one by one: between 7% slower (d256) and 5% faster (d64) than dealt out, on 7 of
-        # 10 batches of an H100 faster.
+        # Behind the best of an H100's landscape, geometric mean: 2.6% (d64), 2.9% and 3.4% (d128, pages of 16 and 64), 1.2%
+        # (d256). Items of a ragged batch are taken one by one: between 6% slower (d256) and 5% faster (d128) than dealt out, faster
+        # on 6 of 8 batches of an H100.
         small, taken = query["head_dim"] <= 64, query["ragged"] and not in_one_wave(query)
         stages, issue = (3, 2) if small else (2, 1)
         tiles = {"BLOCK_N": 64 if large else 128, "num_stages": stages, "schedule": 2 if taken else 1, "issue": issue}
@@ -37,17 +37,19 @@ def default_config(query: dict) -> dict:
         tiles = {"BLOCK_M": rows, "BLOCK_N": 32 if large else 64, "num_warps": warps, "num_stages": 2, "maxnreg": 0}
         return {**tiles, "num_splits": prefill_splits(query, rows)}
     if query["kernel"] == "decode_hopper":
-        # A program an SM, clusters where they leave a third of the SMs busy: 1.6% (d64), 1.4% (d128), 0.4% (d256) and, with an fp8
-        # cache, 1.4% (d128) behind the best of an H100's landscape in the geometric mean. Of larger clusters few fit side by side.
+        # A program an SM, clusters where they keep a third of the SMs busy or as many as stage 2 would: 0.4% behind the best of an
+        # H100's landscape in the geometric mean, 5% at most; 1.6% and 21% of an H200's. Of larger clusters few fit side by side.
         row_bytes = query["head_dim"] * (1 if "float8" in query["kv_dtype"] else 2)
         tile, sms = 64 if row_bytes > 256 else 128, query["sm_count"] or 132
-        heads = (query["batch_size"] or 1) * (query["kv_heads"] or 8)
+        heads, kv_len = _kv_heads(query), query["kv_len"] or 1 << 30
         stages = 6 if row_bytes <= 64 else 3 if row_bytes <= 128 else 2
         for cluster in (8, 4, 2) if query["batch_size"] and not query["ragged"] else ():
-            room = sms if cluster == 2 else sms // 2
-            if sms / 3 <= heads * cluster <= room and cluster * tile <= (query["kv_len"] or 1 << 30):
+            room, programs = sms if cluster == 2 else sms // 2, heads * cluster
+            if programs <= room and cluster * tile <= kv_len and (programs >= sms / 3 or kv_len <= 2 * cluster * tile):
+                if cluster > 2 and row_bytes == 256:  # up to 19% of a sequence up to 8k; 3% slower at most elsewhere
+                    tile, stages = 64, 3
                 return {"BLOCK_N": tile, "num_stages": stages, "cluster": cluster, "num_splits": cluster}
-        splits = fit_splits(sms, query, tokens=tile, ragged=2 if heads <= 8 * sms else 1)
+        splits = min(96, fit_splits(sms, query, tokens=2 * tile, ragged=2 if heads <= 4 * sms else 1))
         return {"BLOCK_N": tile, "num_stages": stages, "cluster": 1, "num_splits": splits}
     # 2 programs an SM: 4% behind the best of an H100's landscape (d128, page 16, group 4, geometric mean), 14% at most.
     splits = fit_splits(2 * (query["sm_count"] or 132), query)
@@ -93,7 +95,7 @@ def prefill_splits(query: dict, block_m: int = 128) -> int:
     end, a part of one 435 more to be written and joined (both ways of its rows in fp32, at an SM's share of HBM), a second kernel
     256; HBM brings the keys of hbm_blocks() in the time of one, of the plain template 90. Scratch and a second kernel are not
     worth less than 5%. With the best tiles, where a landscape has more than one number of splits, behind the best one in the
-    geometric mean: 0.2% (prefill_hopper, an H100 and an H200; 3.2% with 60 blocks on the H200), 2.1% and 0.6% (plain).
+    geometric mean: 0.5% and 0.0% (prefill_hopper, an H100 and an H200; 3.9% with 60 blocks on the H200), 2.1% and 0.6% (plain).
     """
     if not query["batch_size"]:
         return 1
@@ -139,8 +141,8 @@ def adapt(entry: dict, query: dict) -> dict:
 
     Where a neighbour needs no stage 2, its sequences being a cluster or a program each, programs are not what it has in common with
     other numbers of KV heads: there and on other GPUs the default's rule decides. Left out in turn, decodes of an H100's and of an
-    H200's landscape took 1.1% and 1.8% more than the best in the geometric mean, at most 20% and 17%; with as many programs 2.1%
-    and 3.1%, 21% and 23%.
+    H200's landscape took 0.5% and 1.1% more than the best in the geometric mean, at most 5% and 20%; with as many programs 1.4%
+    and 2.5%, 18% and 28%.
     """
     config = dict(entry["config"])
     if "num_splits" in config and query["batch_size"] is not None:
@@ -179,8 +181,8 @@ def answer(query: dict, entry: dict | None, source: str, default: dict) -> tuple
 def without_cluster(config: dict, sm_count: int, query: dict) -> dict:
     """The config with stage 2 in the place of clusters: a program an SM, where clusters may have left half of the SMs idle.
 
-    On the 20 batches of an H100's landscape whose best config has clusters: 0.3% behind the best without in the geometric mean,
-    2% at most; on the 18 of an H200's 1.0% and 6%.
+    On the 21 batches of an H100's landscape whose best config has clusters: 0.5% behind the best without in the geometric mean,
+    3% at most; on the 18 of an H200's 1.8% and 7%.
     """
     return {**config, "cluster": 1, "num_splits": fit_splits(sm_count, query, tokens=config["BLOCK_N"])}
 

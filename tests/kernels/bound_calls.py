@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import patune
 from kernels.test_errors import UNSUPPORTED, WRONG
 from patune.cachedb import lookup
-from patune.kernels import bound, calls, decode_hopper, decode_hopper_jit, ops, prefill, prefill_hopper
+from patune.kernels import bound, calls, decode_hopper_jit, ops, prefill, prefill_hopper
 from patune.workload import Key, Workload
 
 standin.install()
@@ -27,7 +27,7 @@ settings.load_profile("bound")
 
 CASE = Case((1, 1), (200, 330), dtype="bfloat16")  # the H100's table or the rule splits it: two launches
 PLAIN = patune.Config(dict(BLOCK_N=64, num_warps=4, num_stages=3, num_splits=4))
-HOPPER = patune.Config(decode_hopper.TEMPLATE.default(Key("decode_hopper", "", 132, 64, 16, 4), Workload(2, 265)))
+HOPPER = patune.Config(dict(BLOCK_N=128, num_stages=3, cluster=1, num_splits=2))
 PREFILL = Case((5, 300), (200, 330), dtype="bfloat16")
 PREFILL_PLAIN = patune.Config(prefill.TEMPLATE.default(Key("prefill", "", 132, 64, 16, 4), Workload(2, 265, 150)))
 PREFILL_HOPPER = patune.Config(dict(BLOCK_N=64, num_stages=4, schedule=prefill_hopper.STATIC, issue=1, num_splits=1))
