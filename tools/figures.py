@@ -194,7 +194,8 @@ def measured(step: str, results: Path = RESULTS) -> dict | None:
 MEASURED = {  # step -> its file, and the templates whose times it has; one that came after the run is in none of its hashes
     "tune-decode": ("tuned-decode.json", ("decode",)),
     "tune-decode-hopper": ("tuned-decode.json", ("decode_hopper",)),  # its template was measured anew alone
-    "tune-prefill": ("tuned-prefill.json", ("prefill", "prefill_hopper")),
+    "tune-prefill": ("tuned-prefill.json", ("prefill",)),
+    "tune-prefill-hopper": ("tuned-prefill.json", ("prefill_hopper",)),
     "referee-decode": ("referee-decode.json", ("decode", "decode_hopper")),
     "referee-prefill": ("referee-prefill.json", ("prefill_hopper",)),  # which serves all of its cases, and all mixes
     "referee-plain": ("referee-plain.json", ("prefill",)),
@@ -320,7 +321,6 @@ FIGURES = {
     "prefill": lambda: prefill_table((128, 16)),
     "prefill race": lambda: race_table("prefill"),
     "plain race": lambda: race_table("prefill", cases="plain"),
-    "turns": lambda: race_table("prefill", cases="turns"),
     "prefill elsewhere": lambda: prefill_table((128, 64), (64, 16), (256, 32), (512, 16)),
     "host": host_line,
     "decode techniques": lambda: technique_table("decode"),

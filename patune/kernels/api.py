@@ -240,7 +240,7 @@ def paged_attention_with_cache(
     is as in `paged_decode` and `paged_prefill`.
 
     Returns [tokens, q_heads, head_dim] like q. Mutates the cache and nothing else; no host sync. Prefill and decode may run beside
-    each other, one of them on a second stream: what the caller launches next on the current stream waits for both.
+    each other; what the caller launches next on the current stream waits for both.
     """
     k_cache, v_cache = kv_cache if isinstance(kv_cache, tuple) and len(kv_cache) == 2 else (kv_cache, None)
     found = bound.find(
