@@ -1,6 +1,6 @@
 """Measure a commit on a GPU host: tests, races against peers and triton.autotune, the main job. It all lands in one folder.
 
-    python tools/measure.py OUT --commit HASH [--record] [--referee REFEREE.py --peers DIR] [--skip tests | --only run]
+    python tools/measure.py OUT --commit HASH [--record [NAMES]] [--referee REFEREE.py --peers DIR] [--skip tests | --only mixed]
 
 OUT/provenance.json says what was measured on what, a list of runs, of which this is a further one; the other files are the tools'
 own output. A step that fails or runs out of time is named in the provenance, and the others still run. Where OUT has a recording,
@@ -32,14 +32,14 @@ RECORDED = "landscape.db"
 def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str, int]]:
     """Step -> (command, the file that takes its stdout, seconds it may take)."""
     tune = [sys.executable, "-m", "patune", "run", "--gpu", args.gpu, "--model", MODEL, "--json", "--db"]
-    run = [*tune, str(out / "run.db")]
     race = [sys.executable, str(args.referee), "--peers", str(args.peers), "--candidate", str(ROOT / "tools/candidate.py")]
     plain = [*race[:-1], str(ROOT / "tools/candidate_plain.py")]
     of = lambda peers, name: ["--only", peers, "--out", str(out / f"{name}.json")]
     turns = out / "turns.json"
     turns.write_text(json.dumps(CASES))
     agreement = [sys.executable, str(ROOT / "tools/agreement.py"), "--race", str(out / "run.json"), str(out / "run-other.json")]
-    autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--gpu", args.gpu, "--model", MODEL]
+    autotune = [sys.executable, str(ROOT / "tools/autotune.py"), str(out / "autotune.json"), "--run", str(out / "run.json")]
+    autotune += ["--gpu", args.gpu, "--model", MODEL]
     mixed = [sys.executable, str(ROOT / "tools/mixed.py"), str(out / "mixed.json")]
     # -v: a run that is cut short has named what failed
     tests = [sys.executable, "-m", "pytest", "-v", "-rs", "--durations=5", "-p", "no:cacheprovider"]
@@ -51,20 +51,19 @@ def steps(out: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], str
         "referee-prefill": ([*race, "prefill", *of(args.prefill_peers, "referee-prefill")], "referee-prefill.txt", 330),
         "referee-plain": ([*plain, "prefill", *of(args.prefill_peers, "referee-plain")], "referee-plain.txt", 120),
         "referee-turns": ([*race, "prefill", "--cases", str(turns), *of("fa3", "referee-turns")], "referee-turns.txt", 120),
-        "run": (run, "run.json", 120),
-        "run-again": (run, "run-again.json", 60),
+        "autotune": ([*autotune, "--seconds", "60", "--commit", args.commit], "autotune.txt", 300),  # the main job first
         "run-other": ([*tune, str(out / "run-other.db"), "--seed", "1"], "run-other.json", 120),
         "run-agreement": (agreement, "run-agreement.txt", 60),
         "mixed": ([*mixed, "--commit", args.commit], "mixed.txt", 180),
-        "autotune": ([*autotune, "--seconds", "300", "--commit", args.commit], "autotune.txt", 540),
     }
 
 
-def recording(out: Path, gpu: str) -> dict[str, tuple[list[str], str, int]]:
-    """The steps that measure every valid config of the standard workloads, and leave the landscape and the packed database."""
+def recording(out: Path, gpu: str, names: list[str]) -> dict[str, tuple[list[str], str, int]]:
+    """The steps that measure every valid config of the standard workloads, of these kernels or of single templates of theirs, and
+    leave the landscape and the packed database."""
     patune, db = [sys.executable, "-m", "patune"], str(out / RECORDED)
     tune = [*patune, "run", "--gpu", gpu, "--trials", "all", "--db", db, "--json", "--kernel"]
-    steps = {f"tune-{kernel}": ([*tune, kernel], f"tuned-{kernel}.json", 400) for kernel in KERNELS}
+    steps = {f"tune-{name.replace('_', '-')}": ([*tune, name], f"tuned-{name}.json", 400) for name in names}
     export = [*patune, "export", "--to", "landscape", "--db", db, "--out", str(out / "landscape.json.gz")]
     return steps | {"landscape": (export, "landscape.txt", 60), "pack": ([sys.executable, "-m", "gzip", db], "pack.txt", 60)}
 
@@ -77,7 +76,8 @@ def main() -> None:
     parser.add_argument("--referee", type=Path, help="the referee's script")
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--prefill-peers", default="fa3,flashinfer", help="the others are 3 to 10 times slower and take minutes")
-    parser.add_argument("--record", action="store_true", help="measure every valid config too, 6 minutes on an H100")
+    every = "measure every valid config too, 6 minutes on an H100; of these comma-separated kernels or templates, else of all"
+    parser.add_argument("--record", nargs="?", const=",".join(KERNELS), metavar="NAMES", help=every)
     parser.add_argument("--workers", type=int, default=14, help="of the tests")
     parser.add_argument("--skip", default="", help="comma-separated beginnings of step names")
     parser.add_argument("--only", default="", help="the same, of the steps to take")
@@ -92,7 +92,7 @@ def main() -> None:
         "source_hash": {name: template(name).source_hash for name in NAMES}, "steps": {},
     }  # fmt: skip
     skipped = tuple(name for name in args.skip.split(",") if name) + (() if args.referee else ("referee",))
-    todo = (recording(args.out, args.gpu) if args.record else {}) | steps(args.out, args)
+    todo = (recording(args.out, args.gpu, args.record.split(",")) if args.record else {}) | steps(args.out, args)
     for name, (command, stdout, limit_s) in todo.items():
         if name.startswith(tuple(args.only.split(","))) and not name.startswith(skipped):
             recorded = args.out / RECORDED
